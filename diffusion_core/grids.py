@@ -1,0 +1,94 @@
+"""Which steps a sampler visits: an explicit list of (t, t_prev) pairs, highest noise first.
+
+``t_prev`` is -1 in the last pair, where alpha_bar is exactly 1. No sampler computes a previous step by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Grid = list[tuple[int, int]]
+SPACINGS = ("uniform", "leading", "trailing", "linspace", "quadratic")
+
+
+def make_grid(spacing: str, schedule_steps: int, num_steps: int) -> Grid:
+    """A grid of exactly ``num_steps`` distinct steps out of ``schedule_steps`` (T); any 1 <= S <= T.
+
+    ``uniform``    floor(i T / S): the DDIM paper's linear sub-sequence (arXiv 2010.02502, appendix D.2)
+    ``leading``    i (T // S): the same where S divides T; otherwise it leaves out the top of the schedule
+    ``trailing``   round(T - i T / S) - 1: starts at the last step (arXiv 2305.08891, table 2)
+    ``linspace``   round(i (T - 1) / (S - 1)): both ends of the schedule
+    ``quadratic``  floor(c i^2) up to 0.8 T: the DDIM paper's for CIFAR-10; steps that coincide move up
+
+    Raises ValueError for an unknown spacing, or S outside 1 to T.
+    """
+    if not 1 <= num_steps <= schedule_steps:
+        raise ValueError(
+            f"a grid of {num_steps} steps does not fit a schedule of {schedule_steps}: choose 1 to {schedule_steps}"
+        )
+    total, count = schedule_steps, num_steps
+    if spacing == "uniform":
+        steps = [i * total // count for i in range(count)]
+    elif spacing == "leading":
+        steps = [i * (total // count) for i in range(count)]
+    elif spacing == "trailing":
+        steps = [_round_half_even(total * (i + 1), count) - 1 for i in range(count)]
+    elif spacing == "linspace":
+        steps = [_round_half_even(i * (total - 1), count - 1) for i in range(count)] if count > 1 else [total - 1]
+    elif spacing == "quadratic":
+        last = math.sqrt(0.8 * total)
+        steps = [int((last * i / (count - 1)) ** 2) for i in range(count)] if count > 1 else [total - 1]
+        for i in range(1, count):
+            steps[i] = max(steps[i], steps[i - 1] + 1)
+        steps = [min(step, total - count + i) for i, step in enumerate(steps)]
+    else:
+        raise ValueError(f"unknown grid spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
+    return grid_from_steps(steps, schedule_steps)
+
+
+def grid_from_steps(steps: Sequence[int], schedule_steps: int) -> Grid:
+    """The grid that visits the given steps (any order, distinct, in [0, T)) and then ends at the clean image."""
+    descending = sorted(steps, reverse=True)
+    if not descending or len(set(descending)) != len(descending):
+        raise ValueError(f"a grid needs at least one step and none twice, got {list(steps)}")
+    if descending[-1] < 0 or descending[0] >= schedule_steps:
+        raise ValueError(f"grid steps must lie in 0 to {schedule_steps - 1}, got {descending[-1]} to {descending[0]}")
+    return list(zip(descending, [*descending[1:], -1], strict=True))
+
+
+def restrict_grid(grid: Grid, *, highest: int | None = None, lowest: int = -1) -> Grid:
+    """The part of the grid from level ``highest`` down to level ``lowest``: to start in the middle, or to stop early.
+
+    Raises ValueError unless both are levels of the grid (a level is a t or a t_prev) with something between them.
+    """
+    levels = [t for t, _ in grid] + ([grid[-1][1]] if grid else [])
+    highest = levels[0] if highest is None and levels else highest
+    for level in (highest, lowest):
+        if level not in levels:
+            raise ValueError(f"level {level} is not on the grid; its levels are {levels}")
+    part = [(t, t_prev) for t, t_prev in grid if t <= highest and t_prev >= lowest]  # type: ignore[operator]
+    if not part:
+        raise ValueError(f"nothing lies between level {highest} and level {lowest}: highest must be above lowest")
+    return part
+
+
+def check_grid(grid: Grid, schedule_steps: int) -> None:
+    """Raise ValueError unless the pairs lie in the schedule and each goes down and joins the next."""
+    if not grid:
+        raise ValueError("an empty grid samples nothing")
+    for position, (t, t_prev) in enumerate(grid):
+        if not -1 <= t_prev < t < schedule_steps:
+            raise ValueError(
+                f"grid pair {position} is ({t}, {t_prev}): it must go down within -1 to {schedule_steps - 1}"
+            )
+        if position + 1 < len(grid) and grid[position + 1][0] != t_prev:
+            raise ValueError(f"grid pair {position} ends at {t_prev}, but the next starts at {grid[position + 1][0]}")
+
+
+def _round_half_even(numerator: int, denominator: int) -> int:
+    """round(numerator / denominator) in exact arithmetic, halves to even as NumPy rounds."""
+    quotient, remainder = divmod(numerator, denominator)
+    if 2 * remainder > denominator or (2 * remainder == denominator and quotient % 2):
+        quotient += 1
+    return quotient

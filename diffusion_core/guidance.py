@@ -1,0 +1,135 @@
+"""Guidance: one network's output pushed away from a weaker one's, as a network around networks.
+
+At a given x_t, eps, x0 and v are affine in each other, so guiding any of them is the same guidance (rescaling is not).
+Of a network with a learned variance only the first half of the channels is guided; the variance stays the conditional one's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_core.denoiser import Network
+from diffusion_core.objectives import per_image
+from diffusion_core.schedules import NoiseSchedule
+
+Interval = tuple[int, int]
+"""The steps (lowest, highest), both included, at which guidance acts; elsewhere the output is the conditional one."""
+
+
+@dataclass(frozen=True)
+class ClassifierFreeGuidance:
+    """output = unconditional + scale (conditional - unconditional), in one batched call (arXiv 2207.12598, eq. 6).
+
+    Scale 1 is the conditional network, 0 the unconditional one (both then run alone), above 1 extrapolates; the paper's
+    weight is w = scale - 1. ``null_condition``: a batch of one null condition, as the network takes it, or one an image.
+    ``rescale``: 0 to 1, how far the output's spread is brought back to the conditional one's (arXiv 2305.08891, eq. 15-16).
+    ``interval``: guide only at these steps (arXiv 2404.07724); see `steps_between_sigmas`.
+
+    Raises ValueError for a rescale outside [0, 1], an empty interval, or (when called) a condition of None.
+    """
+
+    network: Network
+    null_condition: Tensor
+    scale: float
+    rescale: float = 0.0
+    interval: Interval | None = None
+
+    def __post_init__(self) -> None:
+        _check_options(self.rescale, self.interval)
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Any, self_condition: Tensor | None = None) -> Tensor:
+        if condition is None:
+            raise ValueError("guidance needs a condition to guide towards: pass condition=, or use the bare network")
+        scale = _scale_at(t, self.scale, self.interval)
+        if scale == 1.0:
+            return self.network(x_t, t, condition, self_condition=self_condition)
+        null = self.null_condition.to(x_t.device).expand(x_t.shape[0], *self.null_condition.shape[1:])
+        if scale == 0.0:
+            return self.network(x_t, t, null, self_condition=self_condition)
+        both = self.network(
+            torch.cat([x_t, x_t]),
+            torch.cat([t, t]),
+            torch.cat([condition, null.to(condition.dtype)]),
+            self_condition=None if self_condition is None else torch.cat([self_condition, self_condition]),
+        )
+        conditional, unconditional = both.chunk(2)
+        return extrapolate(conditional, unconditional, scale, self.rescale, x_t.shape[1])
+
+
+@dataclass(frozen=True)
+class Autoguidance:
+    """output = weak + scale (strong - weak): guidance by a weaker network with the same condition (arXiv 2406.02507, eq. 4).
+
+    ``weak_network``: smaller or less trained, of the same objective and schedule. Scale 1 is the strong network alone, 0
+    the weak one. ``rescale`` and ``interval`` as in `ClassifierFreeGuidance`.
+    """
+
+    network: Network
+    weak_network: Network
+    scale: float
+    rescale: float = 0.0
+    interval: Interval | None = None
+
+    def __post_init__(self) -> None:
+        _check_options(self.rescale, self.interval)
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Any = None, self_condition: Tensor | None = None) -> Tensor:
+        scale = _scale_at(t, self.scale, self.interval)
+        if scale == 0.0:
+            return self.weak_network(x_t, t, condition, self_condition=self_condition)
+        strong = self.network(x_t, t, condition, self_condition=self_condition)
+        if scale == 1.0:
+            return strong
+        weak = self.weak_network(x_t, t, condition, self_condition=self_condition)
+        return extrapolate(strong, weak, scale, self.rescale, x_t.shape[1])
+
+
+def extrapolate(strong: Tensor, weak: Tensor, scale: float, rescale: float, channels: int) -> Tensor:
+    """weak + scale (strong - weak) over the first ``channels`` channels; the strong one's others stay.
+
+    With ``rescale`` phi, g the result and s the standard deviation of each image's output:
+    phi g s(strong) / s(g) + (1 - phi) g (arXiv 2305.08891, eq. 15-16).
+    """
+    rest, strong, weak = strong[:, channels:], strong[:, :channels], weak[:, :channels]
+    guided = weak + scale * (strong - weak)
+    if rescale > 0.0:
+        spread = strong.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1)
+        guided = guided * per_image(rescale * spread + (1.0 - rescale), guided)
+    return torch.cat([guided, rest], dim=1) if rest.shape[1] else guided
+
+
+def steps_between_sigmas(schedule: NoiseSchedule, sigma_low: float, sigma_high: float) -> Interval:
+    """The steps whose noise level sigma = sqrt((1 - a) / a) lies in (sigma_low, sigma_high] (arXiv 2404.07724, eq. 6).
+
+    Raises ValueError where there is none.
+    """
+    sigma = schedule.sigma(torch.arange(schedule.num_steps))
+    steps = torch.nonzero((sigma > sigma_low) & (sigma <= sigma_high)).flatten()
+    if not len(steps):
+        raise ValueError(
+            f"no step has a noise level in ({sigma_low:g}, {sigma_high:g}]: this schedule spans {sigma[0]:g} to {sigma[-1]:g}"
+        )
+    return int(steps[0]), int(steps[-1])
+
+
+def _scale_at(t: Tensor, scale: float, interval: Interval | None) -> float:
+    """The scale at these steps, 1 outside the interval; a sampler has every image of a batch at the same step."""
+    if interval is None:
+        return float(scale)
+    inside = (t >= interval[0]) & (t <= interval[1])
+    if bool(inside.all()):
+        return float(scale)
+    if not bool(inside.any()):
+        return 1.0
+    raise ValueError("a guidance interval needs every image of a batch at the same step")
+
+
+def _check_options(rescale: float, interval: Interval | None) -> None:
+    if not 0.0 <= rescale <= 1.0:
+        raise ValueError(f"guidance rescale must lie in 0 to 1, got {rescale}")
+    if interval is not None and interval[0] > interval[1]:
+        raise ValueError(f"a guidance interval goes from its lowest to its highest step, got {interval}")

@@ -1,0 +1,1 @@
+"""Measures of sample quality: mergeable statistics, Fréchet and kernel distance, scores, feature extractors."""

@@ -1,0 +1,235 @@
+"""Feature extractors: uint8 images to feature vectors. The extractor's name is part of a metric's name."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffusion_core.networks.blocks import group_norm
+from diffusion_core.storage import read_json, write_json
+
+INCEPTION = "inception-v3-compat"
+INCEPTION_SHA256_PREFIX = "6726825d"
+"""torch-fidelity's release names its weights file by the first digits of its SHA-256."""
+
+
+class ImageClassifier(nn.Module):
+    """A small convolutional classifier of uint8 images; its last hidden layer gives the features.
+
+    images: (B, C, H, W) uint8. `forward` returns (features (B, feature_dim), logits (B, num_classes)), float32.
+    """
+
+    def __init__(
+        self, *, image_size: int, image_channels: int, num_classes: int, channels: int = 32, feature_dim: int = 64
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "image_size": image_size,
+            "image_channels": image_channels,
+            "num_classes": num_classes,
+            "channels": channels,
+            "feature_dim": feature_dim,
+        }
+        layers: list[nn.Module] = []
+        width, size = image_channels, image_size
+        for out in (channels, 2 * channels, 4 * channels):
+            layers += [nn.Conv2d(width, out, 3, padding=1), group_norm(out, 8), nn.ReLU()]
+            if size >= 4:
+                layers.append(nn.MaxPool2d(2))
+                size //= 2
+            width = out
+        self.body = nn.Sequential(*layers)
+        self.hidden = nn.Linear(width * 4, feature_dim)
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(feature_dim, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = images.to(torch.float32) / 127.5 - 1.0
+        x = x.contiguous(memory_format=torch.channels_last)
+        features = F.relu(self.hidden(F.adaptive_avg_pool2d(self.body(x), 2).flatten(1)))
+        return features, self.head(self.dropout(features))
+
+
+def save_classifier(classifier: ImageClassifier, path: Path) -> None:
+    """Write the classifier's weights, with its shape in the file's metadata."""
+    weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
+    save_file(weights, path, metadata={"classifier": json.dumps(classifier.config)})
+
+
+def load_classifier(path: Path) -> ImageClassifier:
+    """The classifier that `save_classifier` wrote, in evaluation mode. Raises ValueError where the file is not one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {})["classifier"])
+        classifier = ImageClassifier(**config)
+        classifier.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a classifier of this project: {error}") from None
+    return classifier.eval().requires_grad_(False)
+
+
+class FeatureExtractor:
+    """``extractor(images)``: (B, C, H, W) uint8 to (B, D) float32 features.
+
+    ``name`` says what network it is, ``digest`` which weights; figures compare only where both agree.
+    """
+
+    def __init__(self, name: str, digest: str, network: nn.Module) -> None:
+        self.name = name
+        self.digest = digest
+        self.network = network.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"features are taken of uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}"
+            )
+        if self.name == INCEPTION and images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        return self.network(images)[0].float()
+
+    def to(self, device: torch.device) -> FeatureExtractor:
+        self.network.to(device)
+        return self
+
+
+def import_inception_weights(weights_path: Path | None, sha256: str | None) -> dict[str, Tensor]:
+    """The weights of torch-fidelity's Inception: downloaded by it, or a local file whose SHA-256 is checked before it is read.
+
+    Raises ValueError where the file is missing, its hash differs, or it cannot be downloaded.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    if weights_path is None:
+        try:
+            return torch.hub.load_state_dict_from_url(
+                URL_INCEPTION_V3, progress=True, check_hash=True, weights_only=True
+            )
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"the Inception weights could not be downloaded ({error}): fetch {URL_INCEPTION_V3} elsewhere and set "
+                "reference.inception_weights and reference.inception_sha256"
+            ) from None
+    try:
+        content = weights_path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"reference.inception_weights: cannot read {weights_path}: {error.strerror}") from None
+    digest = hashlib.sha256(content).hexdigest()
+    if (sha256 is None and not digest.startswith(INCEPTION_SHA256_PREFIX)) or (
+        sha256 is not None and digest != sha256.lower()
+    ):
+        expected = sha256 or f"{INCEPTION_SHA256_PREFIX}..."
+        raise ValueError(
+            f"reference.inception_weights: {weights_path} has SHA-256 {digest}, expected {expected}: "
+            "the file is damaged or another one; fetch it again or correct reference.inception_sha256"
+        )
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def build_inception(weights: Mapping[str, Tensor]) -> nn.Module:
+    """torch-fidelity's Inception with the 2048-dimensional pool features, holding these weights."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with tempfile.TemporaryDirectory() as folder:  # its constructor takes weights only as a file of torch.save
+        path = Path(folder) / "weights.pth"
+        torch.save(dict(weights), path)
+        try:
+            return FeatureExtractorInceptionV3(INCEPTION, ["2048"], feature_extractor_weights_path=str(path))
+        except RuntimeError as error:
+            raise ValueError(f"these are not the weights of {INCEPTION}: {str(error).splitlines()[0]}") from None
+
+
+def save_extractor(folder: Path, name: str, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """Write extractor.safetensors and extractor.json into ``folder``; returns the digest of the weights file."""
+    path = folder / "extractor.safetensors"
+    save_file({key: value.contiguous() for key, value in weights.items()}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    write_json(folder / "extractor.json", {"name": name, "digest": digest, "config": dict(config)})
+    return digest
+
+
+def load_extractor(folder: Path) -> FeatureExtractor:
+    """The extractor that `save_extractor` wrote. Raises ValueError where the files are missing or do not agree."""
+    description = read_json(folder / "extractor.json")
+    path = folder / "extractor.safetensors"
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; run the reference stage again") from None
+    if digest != description["digest"]:
+        raise ValueError(
+            f"{path} has SHA-256 {digest}, but extractor.json says {description['digest']}: run the reference stage again"
+        )
+    weights = load_file(path)
+    network: nn.Module
+    if description["name"] == INCEPTION:
+        network = build_inception(weights)
+    else:
+        network = ImageClassifier(**description["config"])
+        network.load_state_dict(weights)
+    return FeatureExtractor(description["name"], digest, network)
+
+
+def register_with_torch_fidelity(extractor: FeatureExtractor) -> str:
+    """Make ``extractor`` known to torch-fidelity; returns the name to pass as ``feature_extractor=`` to its functions.
+
+    It offers the layers "features" (for FID, KID, precision and recall) and, where the network classifies, "logits" (for
+    the Inception score). The name carries the digest of the weights, because torch-fidelity keys its cached statistics by
+    name: other weights under the same name would be given stale ones. Registering again is no error.
+    """
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+    name = f"{extractor.name}-{extractor.digest[:16]}"
+    if name in FEATURE_EXTRACTORS_REGISTRY:
+        return name
+    layers = ("features",) if extractor.name == INCEPTION else ("features", "logits")
+
+    class Registered(FeatureExtractorBase):
+        def __init__(self, name: str, features_list: list[str], **options: Any) -> None:
+            super().__init__(name, features_list)
+            self.network = extractor.network
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            if extractor.name == INCEPTION and images.shape[1] == 1:
+                images = images.expand(-1, 3, -1, -1)
+            outputs = dict(zip(layers, self.network(images)))
+            return tuple(outputs[layer].float() for layer in self.features_list)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return layers
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            if metric != "isc":
+                return "features"
+            if "logits" not in layers:
+                raise ValueError(f"extractor {name} has no logits, which the Inception score needs")
+            return "logits"
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return True
+
+        @staticmethod
+        def get_dummy_input_for_compile() -> Tensor:
+            config = getattr(extractor.network, "config", {"image_channels": 3, "image_size": 299})
+            shape = (1, config["image_channels"], config["image_size"], config["image_size"])
+            return torch.zeros(shape, dtype=torch.uint8)
+
+    register_feature_extractor(name, Registered)
+    return name

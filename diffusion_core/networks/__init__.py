@@ -1,0 +1,30 @@
+"""Networks: ``network(x_t, t, condition, self_condition=None) -> tensor``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from diffusion_core.networks.conditioning import ConditionSpec
+from diffusion_core.networks.context_unet import ContextUNet
+from diffusion_core.networks.unet import UNet
+
+NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "context_unet": ContextUNet}
+
+
+def build_network(config: Mapping[str, Any]) -> nn.Module:
+    """The network that ``config`` describes: ``name``, ``condition`` (a ConditionSpec as a mapping) and its options.
+
+    Raises ValueError for an unknown name or option.
+    """
+    options = dict(config)
+    name = options.pop("name", None)
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
+    condition = ConditionSpec(**options.pop("condition", {"kind": "none"}))
+    try:
+        return NETWORKS[name](condition=condition, **options)
+    except TypeError as error:
+        raise ValueError(f"network {name!r} does not take these options: {error}") from None

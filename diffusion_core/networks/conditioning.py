@@ -1,0 +1,191 @@
+"""Conditions: what a sample is asked to be, its null, and how a network takes it in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("none", "class", "classes", "multi_hot", "vector", "tokens")
+
+
+@dataclass(frozen=True)
+class ConditionSpec:
+    """The kind of a condition and its size.
+
+    =============  =======================================================================  ===========================
+    kind           a batch of it                                                            its null
+    =============  =======================================================================  ===========================
+    ``class``      (B,) int64 in [0, size)                                                  ``size``
+    ``classes``    (B, len(sizes)) int64, several attributes: column i in [0, sizes[i])     ``sizes[i]``, each by itself
+    ``multi_hot``  (B, size) float in [0, 1]; fractions mix attributes                      -1 everywhere
+    ``vector``     (B, size) float, any reals                                               NaN everywhere
+    ``tokens``     (B, length, size) float; shorter sequences end in rows of NaN            NaN everywhere
+    ``none``       no condition at all                                                      (B, 0)
+    =============  =======================================================================  ===========================
+
+    The null travels in the tensor itself, so that conditions of all kinds are batched, dropped and guided alike.
+    ``sizes`` belongs to ``classes`` (``size`` is then the number of attributes), ``length`` to ``tokens``.
+
+    Raises ValueError for an unknown kind, or a size that the kind lacks or does not have.
+    """
+
+    kind: str = "none"
+    size: int = 0
+    sizes: Sequence[int] = ()
+    length: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown condition kind {self.kind!r}: choose one of {', '.join(KINDS)}")
+        object.__setattr__(self, "sizes", tuple(self.sizes))
+        if self.kind == "classes":
+            if not self.sizes or min(self.sizes) < 1 or self.size not in (0, len(self.sizes)):
+                raise ValueError(
+                    "a condition of kind 'classes' needs sizes, the number of classes of each attribute, "
+                    f"got sizes {list(self.sizes)} and size {self.size}"
+                )
+            object.__setattr__(self, "size", len(self.sizes))
+        elif self.sizes:
+            raise ValueError(f"sizes belongs to a condition of kind 'classes': leave it out for {self.kind!r}")
+        if self.kind != "none" and self.size < 1:
+            raise ValueError(f"a condition of kind {self.kind!r} needs a size of at least 1, got {self.size}")
+        if (self.kind == "tokens") != (self.length > 0):
+            raise ValueError(
+                "length, the number of tokens, must be at least 1 for a condition of kind 'tokens' and left out for "
+                f"others, got kind {self.kind!r} and length {self.length}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What JSON carries of it; ``ConditionSpec(**spec.as_dict()) == spec``."""
+        record: dict[str, Any] = {"kind": self.kind, "size": self.size}
+        if self.sizes:
+            record["sizes"] = list(self.sizes)
+        if self.length:
+            record["length"] = self.length
+        return record
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one condition, without the batch."""
+        if self.kind == "class":
+            return ()
+        return (self.length, self.size) if self.kind == "tokens" else (self.size,)
+
+    def null(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
+        """A batch of null conditions."""
+        if self.kind == "class":
+            return torch.full((batch,), self.size, dtype=torch.int64, device=device)
+        if self.kind == "classes":
+            return torch.tensor(self.sizes, dtype=torch.int64, device=device).repeat(batch, 1)
+        fill = {"multi_hot": -1.0, "none": 0.0}.get(self.kind, float("nan"))
+        return torch.full((batch, *self.shape), fill, device=device)
+
+    def drop(self, condition: Tensor, dropped: Tensor) -> Tensor:
+        """``condition`` with the null wherever ``dropped`` ((B,) bool) says so (arXiv 2207.12598, algorithm 1)."""
+        mask = dropped.view(-1, *([1] * (condition.ndim - 1)))
+        return torch.where(mask, self.null(condition.shape[0], condition.device).to(condition.dtype), condition)
+
+    def check_shape(self, condition: Tensor) -> None:
+        """Raise ValueError unless ``condition`` has the shape and type of a batch of this kind; reads no value."""
+        if self.kind == "none":
+            return
+        if tuple(condition.shape[1:]) != self.shape or condition.ndim < 1:
+            raise ValueError(
+                f"a {self.kind} condition has shape (B{''.join(f', {n}' for n in self.shape)}), got {tuple(condition.shape)}"
+            )
+        integer = self.kind in ("class", "classes")
+        if integer == (condition.is_floating_point() or condition.dtype == torch.bool):
+            raise ValueError(
+                f"a {self.kind} condition holds {'integers' if integer else 'floats'}, got {condition.dtype}: "
+                f"convert it with .{'long' if integer else 'float'}()"
+            )
+
+    def check(self, condition: Tensor) -> None:
+        """Raise ValueError unless ``condition`` is a batch of this kind. Reads the values: not for a training loop."""
+        self.check_shape(condition)
+        if self.kind in ("class", "classes"):
+            sizes = self.sizes or (self.size,)
+            for index, (size, column) in enumerate(zip(sizes, condition.view(-1, len(sizes)).unbind(1), strict=True)):
+                if column.numel() and bool(((column < 0) | (column > size)).any()):
+                    which = f" of attribute {index}" if self.sizes else ""
+                    raise ValueError(
+                        f"class labels{which} must lie in 0 to {size - 1}, got {int(column.min())} to {int(column.max())}"
+                    )
+        elif self.kind == "multi_hot":
+            null = (condition == -1).all(dim=1)
+            if not bool((null | ((condition >= 0) & (condition <= 1)).all(dim=1)).all()):
+                raise ValueError("a multi_hot condition holds values from 0 to 1 (or -1 everywhere in a row, the null)")
+        elif self.kind in ("vector", "tokens"):
+            null = condition.isnan().all(dim=-1)
+            if not bool((null | condition.isfinite().all(dim=-1)).all()):
+                what = "vector" if self.kind == "vector" else "token"
+                raise ValueError(f"a {what} of the condition is partly NaN, or infinite: only a whole one may be NaN")
+            if self.kind == "tokens" and bool((null[:, :-1] & ~null[:, 1:]).any()):
+                raise ValueError("a token of NaN is padding and must come after the sequence's last token")
+
+
+class ConditionEmbedding(nn.Module):
+    """(B, dim) embedding of a condition of any kind but tokens, with a learned vector for its null.
+
+    Several classes are the sum of their embeddings. The null of a multi-hot or real vector starts at ``null_init``.
+    """
+
+    def __init__(self, spec: ConditionSpec, dim: int, *, null_init: float = 0.0) -> None:
+        super().__init__()
+        self.spec = spec
+        if spec.kind == "class":
+            self.table = nn.Embedding(spec.size + 1, dim)
+        elif spec.kind == "classes":
+            self.tables = nn.ModuleList([nn.Embedding(size + 1, dim) for size in spec.sizes])
+        elif spec.kind in ("multi_hot", "vector"):
+            self.project = nn.Sequential(nn.Linear(spec.size, dim), nn.SiLU(), nn.Linear(dim, dim))
+            self.null_embedding = nn.Parameter(torch.full((dim,), null_init))
+        else:
+            raise ValueError(f"a condition of kind {spec.kind!r} has no embedding as one vector: use network 'unet'")
+
+    def forward(self, condition: Tensor | None, batch: int, device: torch.device) -> Tensor:
+        condition = _given_or_null(self.spec, condition, batch, device)
+        if self.spec.kind == "class":
+            return self.table(condition)
+        if self.spec.kind == "classes":
+            return torch.stack([table(ids) for table, ids in zip(self.tables, condition.unbind(1))]).sum(dim=0)
+        is_null = torch.isnan(condition[:, :1]) if self.spec.kind == "vector" else condition[:, :1] < 0
+        filled = torch.where(is_null, torch.zeros_like(condition), condition).to(self.null_embedding.dtype)
+        embedding = self.project(filled)
+        return torch.where(is_null, self.null_embedding.to(embedding.dtype), embedding)
+
+
+class TokenSequence(nn.Module):
+    """What cross-attention reads of a condition of kind tokens: the tokens, and which of them are there.
+
+    ``forward`` returns (tokens (B, length, size), mask (B, 1, 1, length) bool, True where attention may look). Padding is
+    zeroed and masked; a null sequence becomes one learned token, so that no image ever attends to nothing.
+    """
+
+    def __init__(self, spec: ConditionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.null_token = nn.Parameter(0.02 * torch.randn(spec.size))
+
+    def forward(self, condition: Tensor | None, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        condition = _given_or_null(self.spec, condition, batch, device)
+        missing = condition[..., 0].isnan()
+        is_null = missing.all(dim=1)
+        first = torch.arange(self.spec.length, device=condition.device) == 0
+        null_slot = is_null[:, None] & first
+        tokens = torch.where(missing[..., None], torch.zeros_like(condition), condition)
+        tokens = torch.where(null_slot[..., None], self.null_token.to(tokens.dtype), tokens)
+        return tokens.to(self.null_token.dtype), (~missing | null_slot)[:, None, None, :]
+
+
+def _given_or_null(spec: ConditionSpec, condition: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    if condition is None:
+        return spec.null(batch, device)
+    spec.check_shape(condition)
+    if condition.shape[0] != batch:
+        raise ValueError(f"{condition.shape[0]} conditions were given for {batch} images: give one each")
+    return condition

@@ -1,0 +1,94 @@
+"""Random numbers that are addressed, not consumed.
+
+The number at (seed, stream, step, sample index, element) is a pure function of that address, so that sample k is
+the same in a batch of 1 or 256, on one worker or 64, on a CPU or a GPU. It is Philox4x32-10 (Salmon et al.,
+"Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), written over int64 tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox4x32. ``counter``: four int64 tensors that broadcast, each value in [0, 2^32).
+
+    Returns four int64 tensors of words in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # the 64-bit products; signed wrap keeps their bits
+        c0, c1, c2, c3 = (
+            ((high >> 32) & _MASK) ^ c1 ^ k0,
+            high & _MASK,
+            ((low >> 32) & _MASK) ^ c3 ^ k1,
+            low & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+@dataclass(frozen=True)
+class NoiseSource:
+    """Random numbers of one seed and one named stream.
+
+    ``seed``: a non-negative integer below 2^63. ``stream`` keeps uses apart (sampling, training noise, flips).
+    """
+
+    seed: int
+    stream: str = "sample"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"a seed must lie in 0 to 2^63 - 1, got {self.seed}")
+
+    def uniform(self, shape: Sequence[int], indices: Tensor, step: int) -> Tensor:
+        """(B, *shape) float64 in (0, 1): for each sample index of ``indices`` ((B,) int64, in [0, 2^32)) at ``step``."""
+        words = torch.stack(self._words(math.prod(shape), indices, step), dim=-1).flatten(1)
+        return _open_unit(words[:, : math.prod(shape)]).view(-1, *shape)
+
+    def normal(self, shape: Sequence[int], indices: Tensor, step: int) -> Tensor:
+        """(B, *shape) float32 standard normal, by Box and Muller in float64: sample ``indices`` at ``step``."""
+        first, second, third, fourth = (_open_unit(word) for word in self._words(math.prod(shape), indices, step))
+        radius_one, radius_two = torch.sqrt(-2.0 * torch.log(first)), torch.sqrt(-2.0 * torch.log(third))
+        angle_one, angle_two = 2.0 * math.pi * second, 2.0 * math.pi * fourth
+        values = torch.stack(
+            [
+                radius_one * torch.cos(angle_one),
+                radius_one * torch.sin(angle_one),
+                radius_two * torch.cos(angle_two),
+                radius_two * torch.sin(angle_two),
+            ],
+            dim=-1,
+        )
+        return values.flatten(1)[:, : math.prod(shape)].to(torch.float32).reshape(-1, *shape)
+
+    def for_samples(self, shape: Sequence[int], indices: Tensor) -> Callable[[int], Tensor]:
+        """``noise(step)`` of these samples, (B, *shape) float32: what a sampler takes as its ``noise``."""
+        return lambda step: self.normal(shape, indices, step)
+
+    def _words(self, count: int, indices: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Four words for each group of four elements: tensors of shape (B, ceil(count / 4))."""
+        assert step >= 0
+        device = indices.device
+        blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=device).view(1, -1)
+        rows = indices.to(torch.int64).view(-1, 1)
+        stream = torch.full_like(rows, zlib.crc32(self.stream.encode()))
+        counter = (blocks.expand(rows.shape[0], -1), rows, torch.full_like(rows, step & _MASK), stream)
+        return philox4x32(counter, (self.seed & _MASK, self.seed >> 32))
+
+
+def _open_unit(words: Tensor) -> Tensor:
+    """32-bit words to float64 in the open interval (0, 1)."""
+    return (words.to(torch.float64) + 0.5) * 2.0**-32

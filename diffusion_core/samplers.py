@@ -1,0 +1,293 @@
+"""Samplers: one plain function each, over (denoiser, x_T, grid, noise). No hidden state.
+
+A part of a grid starts in the middle or stops early (`grids.restrict_grid`). ``callback`` sees every step, so that
+``steps = []; sample_ddim(..., callback=steps.append)`` keeps the trajectory of x_t and x0. ``progress=True`` shows a bar.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from diffusion_core.denoiser import Denoiser, Prediction
+from diffusion_core.grids import Grid, check_grid
+from diffusion_core.posterior import VARIANCES, learned_log_variance, posterior
+
+StepNoise = Callable[[int], Tensor]
+"""``noise(t)``: (B, ...) standard normal for the step that leaves t."""
+
+
+class Step(NamedTuple):
+    """What a callback sees after each step: where it went, the new image, and the clean image it aimed at."""
+
+    t: int
+    t_prev: int
+    x: Tensor
+    x0: Tensor
+
+
+Callback = Callable[[Step], None]
+Item = TypeVar("Item")
+
+
+def ddim_sigmas(alpha_bar: float, alpha_bar_prev: float, eta: float | Literal["sigma_hat"]) -> tuple[float, float]:
+    """(sigma of the direction term, sigma of the added noise) of one DDIM step; both 0 where alpha_bar_prev is 1.
+
+    sigma = eta sqrt((1 - a_prev) / (1 - a_t)) sqrt(1 - a_t / a_prev) (arXiv 2010.02502, eq. 16). ``"sigma_hat"`` is
+    the larger DDPM variance: noise sqrt(1 - a_t / a_prev), direction as for eta 1 (same paper, section 5).
+    """
+    if alpha_bar_prev >= 1.0:
+        return 0.0, 0.0
+    larger = (1.0 - alpha_bar / alpha_bar_prev) ** 0.5
+    smaller = ((1.0 - alpha_bar_prev) / (1.0 - alpha_bar)) ** 0.5 * larger
+    if eta == "sigma_hat":
+        return smaller, larger
+    return float(eta) * smaller, float(eta) * smaller
+
+
+def check_eta(eta: float | Literal["sigma_hat"]) -> None:
+    """Raise ValueError unless eta is in [0, 1] or "sigma_hat"."""
+    if eta != "sigma_hat" and not (isinstance(eta, int | float) and 0.0 <= eta <= 1.0):
+        raise ValueError(f"eta must lie in 0 to 1, or be 'sigma_hat' (the larger DDPM variance), got {eta!r}")
+
+
+@torch.no_grad()
+def sample_ddim(
+    denoiser: Denoiser,
+    x_T: Tensor,
+    grid: Grid,
+    noise: StepNoise | None = None,
+    *,
+    eta: float | Literal["sigma_hat"] = 0.0,
+    condition: Any = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """DDIM (arXiv 2010.02502, eq. 12): x_prev = sqrt(a_prev) x0 + sqrt(1 - a_prev - sigma^2) eps + sigma z.
+
+    x_T: (B, ...) float32 at the noise level of the grid's first step. eta 0 is deterministic, 1 is DDPM's posterior
+    over the grid. ``noise(t)`` gives z; it is not asked for where sigma is 0. Returns the image at the grid's end.
+
+    Raises ValueError for eta outside [0, 1], a grid that does not fit the schedule, or missing noise.
+    """
+    check_eta(eta)
+    _check_inputs(denoiser, x_T, grid)
+    if eta != 0.0 and noise is None:
+        raise ValueError("sampling with eta above 0 needs a source of noise: pass noise=")
+    x, x0 = x_T, None
+    for t, t_prev in steps_of(grid, progress, "DDIM"):
+        prediction = denoiser(x, t, condition, x0)
+        x = ddim_step(denoiser, prediction, t, t_prev, noise, eta)
+        x0 = prediction.x0 if denoiser.self_conditioning else None
+        if callback is not None:
+            callback(Step(t, t_prev, x, prediction.x0))
+    return x
+
+
+def ddim_step(
+    denoiser: Denoiser,
+    prediction: Prediction,
+    t: int,
+    t_prev: int,
+    noise: StepNoise | None = None,
+    eta: float | Literal["sigma_hat"] = 0.0,
+) -> Tensor:
+    """One DDIM step from t to t_prev, given the prediction at t. It carries gradients; `sample_ddim` does not."""
+    alpha_bar, alpha_bar_prev = denoiser.schedule.alpha_bar(t), denoiser.schedule.alpha_bar(t_prev)
+    direction_sigma, noise_sigma = ddim_sigmas(alpha_bar, alpha_bar_prev, eta)
+    direction = max(1.0 - alpha_bar_prev - direction_sigma**2, 0.0) ** 0.5
+    x = alpha_bar_prev**0.5 * prediction.x0 + direction * prediction.eps
+    return x + noise_sigma * draw(noise, t, x) if noise_sigma > 0.0 else x
+
+
+@torch.no_grad()
+def sample_ddpm(
+    denoiser: Denoiser,
+    x_T: Tensor,
+    grid: Grid,
+    noise: StepNoise | None = None,
+    *,
+    variance: Literal["fixed_small", "fixed_large", "learned"] = "fixed_small",
+    condition: Any = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Ancestral sampling (arXiv 2006.11239, algorithm 2): x_prev = mean of q(x_prev | x_t, x0) + sigma z.
+
+    sigma^2 is the posterior variance (``fixed_small``), beta between the two levels (``fixed_large``), or ``learned``
+    (arXiv 2102.09672, eq. 15), which needs a denoiser with ``learned_variance``. The step to the clean image adds no noise.
+    x_T: (B, ...) float32 at the noise level of the grid's first step. Returns the image at the grid's end.
+
+    Raises ValueError for an unknown or unavailable variance, a grid that does not fit the schedule, or missing noise.
+    """
+    if variance not in VARIANCES:
+        raise ValueError(f"unknown variance {variance!r}: choose one of {', '.join(VARIANCES)}")
+    if variance == "learned" and not denoiser.learned_variance:
+        raise ValueError(
+            "variance 'learned' needs a network that learned it: build the denoiser with learned_variance=True"
+        )
+    _check_inputs(denoiser, x_T, grid)
+    if noise is None:
+        raise ValueError("ancestral sampling adds noise at every step: pass noise=")
+    x, x0 = x_T, None
+    for t, t_prev in steps_of(grid, progress, "DDPM"):
+        alpha_bar, alpha_bar_prev = denoiser.schedule.alpha_bar(t), denoiser.schedule.alpha_bar(t_prev)
+        prediction = denoiser(x, t, condition, x0)
+        step = posterior(alpha_bar, alpha_bar_prev)
+        x = step.x0 * prediction.x0 + step.x_t * x
+        if t_prev >= 0:
+            small, large = float(step.variance), 1.0 - alpha_bar / alpha_bar_prev
+            sigma: Tensor | float = math.sqrt(large if variance == "fixed_large" else small)
+            if variance == "learned":
+                assert prediction.variance_fraction is not None
+                log_variance = learned_log_variance(prediction.variance_fraction, math.log(small), math.log(large))
+                sigma = torch.exp(0.5 * log_variance)
+            x = x + sigma * draw(noise, t, x)
+        x0 = prediction.x0 if denoiser.self_conditioning else None
+        if callback is not None:
+            callback(Step(t, t_prev, x, prediction.x0))
+    return x
+
+
+def sample_dpmpp_2m(
+    denoiser: Denoiser,
+    x_T: Tensor,
+    grid: Grid,
+    noise: StepNoise | None = None,
+    *,
+    condition: Any = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): the second-order multistep solver of the probability-flow ODE.
+
+    It is deterministic: ``noise`` is taken so that all samplers are called alike, and never asked. The first step of the
+    grid and the step to the clean image are of first order. x_T: (B, ...) float32 at the noise level of the grid's first
+    step. Returns the image at the grid's end. Raises ValueError for a grid that does not fit the schedule.
+    """
+    return _sample_dpmpp_2m(denoiser, x_T, grid, None, condition, callback, progress)
+
+
+def sample_dpmpp_2m_sde(
+    denoiser: Denoiser,
+    x_T: Tensor,
+    grid: Grid,
+    noise: StepNoise | None = None,
+    *,
+    condition: Any = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 6): the same for the reverse diffusion SDE, with noise at each step.
+
+    As `sample_dpmpp_2m`; raises ValueError for missing noise, too.
+    """
+    if noise is None:
+        raise ValueError("the SDE solver adds noise at every step: pass noise=, or use sample_dpmpp_2m")
+    return _sample_dpmpp_2m(denoiser, x_T, grid, noise, condition, callback, progress)
+
+
+@torch.no_grad()
+def _sample_dpmpp_2m(
+    denoiser: Denoiser,
+    x_T: Tensor,
+    grid: Grid,
+    noise: StepNoise | None,
+    condition: Any,
+    callback: Callback | None,
+    progress: bool,
+) -> Tensor:
+    """With lambda the half log-SNR, h = lambda_s - lambda_t and D = x0 + h / (2 h_last) (x0 - x0_last):
+
+    ODE: x_s = sigma_s / sigma_t x_t + alpha_s (1 - e^-h) D
+    SDE: x_s = sigma_s / sigma_t e^-h x_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) z
+    """
+    _check_inputs(denoiser, x_T, grid)
+    x, last_x0, last_h = x_T, None, math.inf
+    for t, t_prev in steps_of(grid, progress, "DPM-Solver++"):
+        alpha_bar, alpha_bar_prev = denoiser.schedule.alpha_bar(t), denoiser.schedule.alpha_bar(t_prev)
+        prediction = denoiser(x, t, condition, last_x0 if denoiser.self_conditioning else None)
+        h = _half_log_snr(alpha_bar_prev) - _half_log_snr(alpha_bar)
+        aim = prediction.x0
+        if last_x0 is not None and t_prev >= 0 and math.isfinite(last_h):
+            aim = torch.lerp(aim, last_x0, -h / (2.0 * last_h))
+        sigma_ratio = ((1.0 - alpha_bar_prev) / (1.0 - alpha_bar)) ** 0.5
+        decay = math.exp(-h)
+        if noise is None:
+            x = sigma_ratio * x + alpha_bar_prev**0.5 * (1.0 - decay) * aim
+        else:
+            x = sigma_ratio * decay * x + alpha_bar_prev**0.5 * (1.0 - decay**2) * aim
+            noise_sigma = ((1.0 - alpha_bar_prev) * (1.0 - decay**2)) ** 0.5
+            x = x + noise_sigma * draw(noise, t, x) if noise_sigma > 0.0 else x
+        last_x0, last_h = prediction.x0, h
+        if callback is not None:
+            callback(Step(t, t_prev, x, prediction.x0))
+    return x
+
+
+@torch.no_grad()
+def sample_heun(
+    denoiser: Denoiser,
+    x_T: Tensor,
+    grid: Grid,
+    noise: StepNoise | None = None,
+    *,
+    condition: Any = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Heun's second-order method for d(x / sqrt(a)) / d sigma = eps, sigma = sqrt((1 - a) / a) (arXiv 2206.00364, algorithm 1).
+
+    Two network calls a step, except one for the step to the clean image and for a step that leaves pure noise, which are
+    Euler's, that is DDIM's. Deterministic: ``noise`` is never asked. x_T: (B, ...) float32 at the noise level of the
+    grid's first step. Returns the image at the grid's end. Raises ValueError for a grid that does not fit the schedule.
+    """
+    _check_inputs(denoiser, x_T, grid)
+    x, x0 = x_T, None
+    for t, t_prev in steps_of(grid, progress, "Heun"):
+        alpha_bar, alpha_bar_prev = denoiser.schedule.alpha_bar(t), denoiser.schedule.alpha_bar(t_prev)
+        prediction = denoiser(x, t, condition, x0)
+        x0 = prediction.x0 if denoiser.self_conditioning else None
+        x = ddim_step(denoiser, prediction, t, t_prev)
+        if t_prev >= 0 and alpha_bar > 0.0:
+            corrected = denoiser(x, t_prev, condition, x0)
+            sigma, sigma_prev = (1.0 / alpha_bar - 1.0) ** 0.5, (1.0 / alpha_bar_prev - 1.0) ** 0.5
+            x = x + alpha_bar_prev**0.5 * (sigma_prev - sigma) / 2.0 * (corrected.eps - prediction.eps)
+        if callback is not None:
+            callback(Step(t, t_prev, x, prediction.x0))
+    return x
+
+
+def steps_of(steps: Iterable[Item], progress: bool, name: str) -> Iterable[Item]:
+    """The steps, behind a progress bar where one is wanted."""
+    if not progress:
+        return steps
+    from tqdm.auto import tqdm
+
+    return tqdm(steps, desc=name, unit="step")
+
+
+def draw(noise: StepNoise | None, step: int, like: Tensor) -> Tensor:
+    """``noise(step)`` in the type of ``like``. Raises ValueError where there is no source, or its shape is another."""
+    if noise is None:
+        raise ValueError("this step adds noise: pass noise=")
+    z = noise(step)
+    if z.shape != like.shape:
+        raise ValueError(f"noise({step}) has shape {tuple(z.shape)}, the images have {tuple(like.shape)}")
+    return z.to(like.dtype)
+
+
+def _half_log_snr(alpha_bar: float) -> float:
+    if alpha_bar <= 0.0:
+        return -math.inf
+    return math.inf if alpha_bar >= 1.0 else 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
+
+
+def _check_inputs(denoiser: Denoiser, x_T: Tensor, grid: Grid) -> None:
+    check_grid(grid, denoiser.schedule.num_steps)
+    if not x_T.is_floating_point() or x_T.ndim < 2:
+        raise ValueError(f"x_T must be a (B, ...) batch of floats, got {tuple(x_T.shape)} {x_T.dtype}")

@@ -1,0 +1,120 @@
+"""A diffusers Stable Diffusion pipeline as a denoiser, so that every sampler, inversion and edit of this package runs on it.
+
+Needs the optional extra ``stable-diffusion`` (diffusers and transformers), which is imported only when a pipeline is loaded.
+Images are (B, 3, H, W) in [-1, 1]; samplers work on the autoencoder's latents; conditions are prompt embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_core.denoiser import Denoiser
+from diffusion_core.guidance import ClassifierFreeGuidance, Interval
+from diffusion_core.schedules import NoiseSchedule, given_schedule
+
+OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+"""diffusers' names of what a network predicts, and ours."""
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """A loaded ``StableDiffusionPipeline``, read through the interfaces of this package.
+
+    Raises ValueError for a pipeline whose scheduler is not one of a discrete alpha-bar (flow matching, say).
+    """
+
+    pipeline: Any
+
+    def __post_init__(self) -> None:
+        if getattr(self.pipeline.scheduler, "alphas_cumprod", None) is None:
+            raise ValueError(
+                f"{type(self.pipeline.scheduler).__name__} has no alphas_cumprod: this adapter runs Stable Diffusion 1 and 2 "
+                "pipelines, not flow-matching ones"
+            )
+        if self.pipeline.scheduler.config.prediction_type not in OBJECTIVES:
+            raise ValueError(f"unknown prediction_type {self.pipeline.scheduler.config.prediction_type!r}")
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule that the pipeline's scheduler holds, at its float32 values."""
+        return given_schedule(self.pipeline.scheduler.alphas_cumprod)
+
+    @property
+    def objective(self) -> str:
+        return OBJECTIVES[self.pipeline.scheduler.config.prediction_type]
+
+    def network(self, x_t: Tensor, t: Tensor, condition: Any, self_condition: Tensor | None = None) -> Tensor:
+        """The UNet. x_t: (B, C, h, w) latents; condition: (B, tokens, dim) prompt embeddings. Returns (B, C, h, w)."""
+        return self.pipeline.unet(x_t, t, encoder_hidden_states=condition, return_dict=False)[0]
+
+    def denoiser(
+        self,
+        guidance_scale: float = 7.5,
+        *,
+        negative_prompt: str = "",
+        rescale: float = 0.0,
+        interval: Interval | None = None,
+    ) -> Denoiser:
+        """A denoiser of latents, guided away from ``negative_prompt``; not clipped, since latents have no range."""
+        if guidance_scale == 1.0:
+            return Denoiser(self.network, self.schedule, self.objective, clip=None)
+        null = self.encode_prompts([negative_prompt])
+        guided = ClassifierFreeGuidance(self.network, null, guidance_scale, rescale, interval)
+        return Denoiser(guided, self.schedule, self.objective, clip=None)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """(B, tokens, dim) embeddings by the pipeline's own tokenizer and text encoder: the condition of its network."""
+        return self.pipeline.encode_prompt(list(prompts), self.pipeline.unet.device, 1, False)[0]
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) latents of (B, 3, H, W) images in [-1, 1], scaled by the autoencoder's own factor (0.18215 in SD 1).
+
+        The mean of the autoencoder's posterior, or with ``noise`` ((B, C, h, w) standard normal) a draw of it.
+        """
+        posterior = self.pipeline.vae.encode(images.to(self.pipeline.vae.dtype), return_dict=False)[0]
+        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        return (latents - self._shift) * self.pipeline.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """(B, 3, H, W) images, about [-1, 1], of (B, C, h, w) latents: the way back from `encode_images`."""
+        unscaled = latents / self.pipeline.vae.config.scaling_factor + self._shift
+        return self.pipeline.vae.decode(unscaled.to(self.pipeline.vae.dtype), return_dict=False)[0]
+
+    @property
+    def _shift(self) -> float:
+        return getattr(self.pipeline.vae.config, "shift_factor", None) or 0.0
+
+
+def load_stable_diffusion(
+    source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **options: Any
+) -> StableDiffusion:
+    """The pipeline of a local directory or a name on the Hugging Face hub, in evaluation mode, on ``device``.
+
+    ``options`` go to ``StableDiffusionPipeline.from_pretrained`` (revision, variant, local_files_only). Weights are read from
+    safetensors only. Raises ImportError without the extra, ValueError for a source that holds no such pipeline.
+    """
+    try:
+        from diffusers import StableDiffusionPipeline
+    except ImportError as error:
+        raise ImportError(
+            f"Stable Diffusion needs diffusers and transformers ({error}): install rediffuse[stable-diffusion]"
+        ) from error
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            str(source), torch_dtype=dtype, use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} holds no Stable Diffusion pipeline: {str(error).splitlines()[0]}") from error
+    pipeline.to(device)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.eval().requires_grad_(False)
+    return StableDiffusion(pipeline)

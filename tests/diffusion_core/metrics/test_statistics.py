@@ -1,0 +1,61 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_core.metrics.statistics import GaussianStatistics, merge_statistics
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    offset=st.sampled_from([0.0, 1e3, 1e6]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_merging_shards_in_any_order_gives_the_statistics_of_the_whole(sizes, offset, seed):
+    features = offset + np.random.RandomState(seed).randn(sum(sizes), 4)
+    shards = np.split(features, np.cumsum(sizes)[:-1])
+    orders = list(itertools.permutations(range(len(shards))))[:: max(1, len(shards) ** 2)]
+    for order in orders:
+        merged = merge_statistics(GaussianStatistics.from_features(shards[i]) for i in order)
+        assert merged.n == len(features)
+        np.testing.assert_allclose(merged.mean, features.mean(axis=0), rtol=1e-13, atol=1e-13 * max(offset, 1))
+        if len(features) > 1:
+            expected = np.cov(features, rowvar=False)
+            np.testing.assert_allclose(merged.covariance, expected, rtol=1e-10, atol=1e-12 * max(offset, 1))
+
+
+def test_same_order_gives_the_same_bits_and_nesting_the_same_to_rounding():
+    parts = [GaussianStatistics.from_features(np.random.RandomState(i).randn(5 + i, 3)) for i in range(4)]
+    first, again = merge_statistics(parts), merge_statistics(parts)
+    assert np.array_equal(first.scatter, again.scatter) and np.array_equal(first.mean, again.mean)
+    nested = merge_statistics([merge_statistics(parts[:2]), merge_statistics(parts[2:])])
+    np.testing.assert_allclose(nested.scatter, first.scatter, rtol=1e-13)
+
+
+def test_float32_features_are_summed_in_float64():
+    features = (1e4 + np.random.RandomState(0).randn(1000, 2)).astype(np.float32)
+    got = GaussianStatistics.from_features(features)
+    np.testing.assert_allclose(got.covariance, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-12)
+    assert not got.rank_deficient and GaussianStatistics.from_features(features[:2]).rank_deficient
+
+
+@pytest.mark.parametrize(
+    ("features", "named"),
+    [(np.zeros(3), "matrix"), (np.zeros((0, 3)), "at least one row"), (np.array([[1.0, np.nan]]), "NaN")],
+)
+def test_bad_features_are_refused(features, named):
+    with pytest.raises(ValueError, match=named):
+        GaussianStatistics.from_features(features)
+
+
+def test_statistics_that_cannot_be_are_refused():
+    one = GaussianStatistics.from_features(np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="at least two samples"):
+        _ = one.covariance
+    with pytest.raises(ValueError, match="2 and 3"):
+        one.merge(GaussianStatistics.from_features(np.zeros((1, 3))))
+    with pytest.raises(ValueError, match="no statistics"):
+        merge_statistics([])

@@ -1,0 +1,170 @@
+"""Our UNet against diffusers' UNet2DModel with the same random weights."""
+
+import json
+
+import pytest
+import torch
+
+from diffusion_core.networks.conditioning import ConditionSpec
+from diffusion_core.networks.diffusers_weights import (
+    config_from_diffusers,
+    read_diffusers_folder,
+    unet_from_diffusers,
+    unet_to_diffusers,
+    write_diffusers_folder,
+)
+from diffusion_core.networks.unet import UNet
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is in the bench group: uv sync --group bench")
+
+CIFAR10 = {  # google/ddpm-cifar10-32
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": None,
+    "norm_eps": 1e-6,
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "downsample_padding": 0,
+}
+SMALL = {
+    "sample_size": 16,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+CASES = {
+    "cifar10": CIFAR10,
+    "default": SMALL,
+    "class": {**SMALL, "num_class_embeds": 5},
+    "scale_shift": {**SMALL, "resnet_time_scale_shift": "scale_shift"},
+    "scale_shift_mid_norm": {**SMALL, "resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32},
+    "adm": {
+        **SMALL,
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "out_channels": 6,
+    },
+    "no_middle_attention": {
+        **SMALL,
+        "add_attention": False,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 2,
+    },
+}
+
+
+def random_model(config):
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(**config).eval()
+
+
+def inputs(config, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    size, channels = config["sample_size"], config.get("in_channels", 3)
+    x = torch.randn(batch, channels, size, size, generator=generator)
+    labels = torch.arange(batch) if "num_class_embeds" in config else None
+    return x, torch.linspace(0, 999, batch).long(), labels
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_network_read_from_diffusers_gives_the_same_output(case):
+    theirs = random_model(CASES[case])
+    x, t, labels = inputs(CASES[case])
+    ours = unet_from_diffusers(dict(theirs.config), theirs.state_dict()).eval()
+    expected = theirs(x, t, labels).sample
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(ours(x, t, labels), expected, atol=1e-5, rtol=0)
+    if case == "cifar10":
+        assert sum(p.numel() for p in ours.parameters()) == 35_746_307
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "cifar10"])
+@torch.no_grad()
+def test_network_written_to_diffusers_folder_is_loaded_by_diffusers_and_read_back(case, tmp_path):
+    source = random_model(CASES[case])
+    ours = unet_from_diffusers(dict(source.config), source.state_dict()).eval()
+    x, t, labels = inputs(CASES[case])
+    write_diffusers_folder(ours, tmp_path / "model")
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "model").eval()
+    torch.testing.assert_close(theirs(x, t, labels).sample, ours(x, t, labels), atol=1e-5, rtol=0)
+    again = read_diffusers_folder(tmp_path / "model", last_class_is_null=labels is not None)
+    assert again.config == ours.config and again.condition == ours.condition
+    for name, value in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+@torch.no_grad()
+def test_null_class_is_the_last_embedding_of_diffusers():
+    condition = ConditionSpec("class", 4)
+    torch.manual_seed(0)
+    ours = UNet(
+        condition=condition, image_size=8, image_channels=1, channels=32, multipliers=(1, 2), num_res_blocks=1
+    ).eval()
+    for parameter in ours.parameters():
+        parameter.normal_(0, 0.05)
+    config, weights = unet_to_diffusers(ours)
+    theirs = diffusers.UNet2DModel(**{k: v for k, v in config.items() if k != "_class_name"}).eval()
+    theirs.load_state_dict(weights)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 500])
+    torch.testing.assert_close(theirs(x, t, torch.tensor([4, 4])).sample, ours(x, t, None), atol=1e-5, rtol=0)
+
+
+def test_weights_named_by_the_first_diffusers_releases_are_read():
+    source = random_model(SMALL)
+    old = {}
+    for name, value in source.state_dict().items():
+        for new, former in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f".{new}.", f".{former}.")
+        old[name] = value
+    ours, same = (unet_from_diffusers(dict(source.config), weights) for weights in (old, source.state_dict()))
+    for name, value in same.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"time_embedding_type": "fourier"}, "time_embedding_type"),
+        ({"block_out_channels": (32, 48)}, "block_out_channels"),
+        ({"down_block_types": ("SkipDownBlock2D", "AttnDownBlock2D")}, "SkipDownBlock2D"),
+        ({"act_fn": "gelu"}, "act_fn"),
+        ({"sample_size": None}, "image_size"),
+        ({"out_channels": 5}, "out_channels"),
+    ],
+)
+def test_diffusers_setting_without_counterpart_is_refused_by_name(change, named):
+    with pytest.raises(ValueError, match=named):
+        config_from_diffusers({**SMALL, **change})
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    source = random_model(SMALL)
+    config, weights = dict(source.config), source.state_dict()
+    missing = {k: v for k, v in weights.items() if k != "mid_block.attentions.0.to_k.weight"}
+    with pytest.raises(ValueError, match=r"mid_block\.attentions\.0\.to_k\.weight"):
+        unet_from_diffusers(config, missing)
+    with pytest.raises(ValueError, match="extra"):
+        unet_from_diffusers(config, {**weights, "extra.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="conv_in"):
+        unet_from_diffusers(config, {**weights, "conv_in.weight": torch.zeros(32, 4, 3, 3)})
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL}))
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="safe_serialization"):
+        read_diffusers_folder(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"resampling": "pool"}, {"self_conditioning": True}, {"groups": 24}])
+def test_network_that_diffusers_cannot_carry_is_refused(options):
+    network = UNet(
+        condition=ConditionSpec(), image_size=8, image_channels=1, channels=32, multipliers=(1, 2), **options
+    )
+    with pytest.raises(ValueError, match="UNet2DModel"):
+        unet_to_diffusers(network)

@@ -1,0 +1,1 @@
+"""Sources of images, their preparation into shards, and how shards are read."""

@@ -1,0 +1,1 @@
+"""The distributed sweep over sampler settings."""

@@ -1,0 +1,69 @@
+"""Figures of the sweep: the heat map of FID, the Pareto front, and the picture of all grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pipelines.evaluation.sweep import Row, pareto_front
+
+
+def heat_map(rows: Sequence[Row], metric: str, floor: float, path: Path) -> None:
+    """FID over eta (rows) and steps (columns), its value in each cell; the colour is on a logarithmic scale."""
+    etas = list(dict.fromkeys(row.settings.eta for row in rows))
+    steps = sorted({row.settings.steps for row in rows})
+    values = np.full((len(etas), len(steps)), np.nan)
+    for row in rows:
+        values[etas.index(row.settings.eta), steps.index(row.settings.steps)] = row.fid
+    figure = Figure(figsize=(1.6 + 1.1 * len(steps), 1.4 + 0.6 * len(etas)), layout="constrained")
+    axes = figure.subplots()
+    shades = np.log10(np.maximum(values, 1e-6))
+    picture = axes.imshow(shades, cmap="viridis_r", aspect="auto")
+    low, high = np.nanmin(shades), np.nanmax(shades)
+    for (y, x), value in np.ndenumerate(values):
+        dark = high > low and (shades[y, x] - low) / (high - low) > 0.5
+        axes.text(x, y, f"{value:.3g}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(steps)), [str(s) for s in steps])
+    axes.set_yticks(range(len(etas)), [_eta(eta) for eta in etas])
+    axes.set_xlabel("DDIM steps")
+    axes.set_ylabel("eta")
+    axes.set_title(f"{metric}, floor {floor:.3g}", fontsize=10)
+    figure.colorbar(picture, ax=axes, label="log10 FID")
+    _save(figure, path)
+
+
+def pareto_plot(rows: Sequence[Row], metric: str, floor: float, path: Path) -> None:
+    """FID against sampling speed of one worker; the settings that no other beats in both are joined."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for eta in dict.fromkeys(row.settings.eta for row in rows):
+        own = [row for row in rows if row.settings.eta == eta]
+        axes.plot([r.images_per_s for r in own], [r.fid for r in own], "o", alpha=0.75, label=f"eta {_eta(eta)}")
+    front = sorted(
+        (row for row, best in zip(rows, pareto_front(rows), strict=True) if best), key=lambda row: row.images_per_s
+    )
+    axes.plot([r.images_per_s for r in front], [r.fid for r in front], "k-", linewidth=1, label="Pareto front")
+    for row in front:
+        axes.annotate(
+            f"{row.settings.steps}", (row.images_per_s, row.fid), textcoords="offset points", xytext=(5, 5), fontsize=8
+        )
+    axes.axhline(floor, color="grey", linestyle=":", label="floor: real test images")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("images/s of one worker (numbers: steps)")
+    axes.set_ylabel(metric)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _eta(eta: object) -> str:
+    return "σ̂" if eta == "sigma_hat" else f"{eta:g}"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -1,0 +1,1 @@
+"""The registered model and the gate that chooses the champion."""

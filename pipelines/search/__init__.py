@@ -1,0 +1,1 @@
+"""The search over training settings with Ray Tune."""

@@ -19,6 +19,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from diffusion_core.grids import make_grid
 from diffusion_core.losses import training_loss
 from diffusion_core.networks.conditioning import ConditionSpec
 from diffusion_core.networks.diffusers_weights import config_from_diffusers, unet_from_diffusers
+from diffusion_core.networks.memory import best_memory_format, keep_freed_memory
 from diffusion_core.networks.unet import UNet
 from diffusion_core.samplers import sample_ddim
 from diffusion_core.schedules import make_schedule
@@ -65,14 +67,14 @@ GOALS = {"eager": 1.5, "compiled": 1.0}
 
 @dataclass
 class Contestant:
-    """Something to time: a training step and a sampling run, each of which does its whole work when called."""
+    """Something to time: a training step, and a sampling run of a number of DDIM steps."""
 
     library: str
     mode: str
     layout: str
     parameters: int
     train: Callable[[], Any]
-    sample: Callable[[], Tensor]
+    sample: Callable[[int], Tensor]
     train_seconds: float = float("inf")
     sample_seconds: float = float("inf")
     failure: str = ""
@@ -86,7 +88,6 @@ def ours(case: str, weights: Any, data: dict[str, Tensor], settings: argparse.Na
     network = build(case, weights).to(settings.device, memory_format=memory_format(layout))
     call = torch.compile(network) if mode == "compiled" else network
     schedule = make_schedule("linear")
-    grid = make_grid("trailing", 1000, settings.ddim_steps)
     denoiser = Denoiser(call, schedule, "eps", clip=1.0)
     ema, optimizer, step = EMA(network, 0.9999), optimizer_of(network), 0
     data = {name: laid_out(value, layout) for name, value in data.items()}
@@ -102,10 +103,10 @@ def ours(case: str, weights: Any, data: dict[str, Tensor], settings: argparse.Na
         optimizer.zero_grad(set_to_none=True)
         ema.update(network, step)
 
-    def sample() -> Tensor:
+    def sample(steps: int) -> Tensor:
         network.eval()
         with autocast(settings.device, precision):
-            return sample_ddim(denoiser, data["eps"], grid)
+            return sample_ddim(denoiser, data["eps"], make_grid("trailing", 1000, steps))
 
     return Contestant("rediffuse", mode, layout, count(network), train, sample)
 
@@ -133,9 +134,9 @@ def theirs(case: str, weights: Any, data: dict[str, Tensor], settings: argparse.
         ema.step(network.parameters())
 
     @torch.no_grad()
-    def sample() -> Tensor:
+    def sample(steps: int) -> Tensor:
         network.eval()
-        sampling.set_timesteps(settings.ddim_steps)
+        sampling.set_timesteps(steps)
         x = data["eps"]
         with autocast(settings.device, precision):
             for t in sampling.timesteps:
@@ -169,8 +170,9 @@ def lucidrains(case: str, data: dict[str, Tensor], settings: argparse.Namespace,
         optimizer.zero_grad(set_to_none=True)
         ema.update()
 
-    def sample() -> Tensor:
+    def sample(steps: int) -> Tensor:
         diffusion.eval()
+        diffusion.sampling_timesteps = steps
         with contextlib.redirect_stderr(io.StringIO()), autocast(settings.device, precision):
             return diffusion.sample(batch_size=len(images))
 
@@ -193,8 +195,10 @@ def measure(contestants: list[Contestant], settings: argparse.Namespace) -> None
             for contestant in contestants:
                 if contestant.failure:
                     continue
+                steps = settings.ddim_steps if round_number > 0 else 2
+                work = contestant.train if task == "train" else partial(contestant.sample, steps)
                 try:
-                    seconds = timed(getattr(contestant, task), settings.device, clock)
+                    seconds = timed(work, settings.device, clock)
                 except Exception as error:  # a peer that fails is a row in the table, not the end of the run
                     contestant.failure = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
                     continue
@@ -235,18 +239,20 @@ def share_outside_network(case: str, weights: Any, data: dict[str, Tensor], sett
     return min(shares[1:])
 
 
-def profile(case: str, weights: Any, data: dict[str, Tensor], settings: argparse.Namespace) -> str:
+def profile(case: str, weights: Any, data: dict[str, Tensor], settings: argparse.Namespace, precision: str) -> str:
     """Self time by operator of one of our eager training steps and of one call of the network, as Markdown."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    contestant = ours(case, weights, data, settings, "float32", "channels_last", "eager")
-    network = build(case, weights).to(settings.device, memory_format=torch.channels_last).eval()
-    x, t = laid_out(data["eps"], "channels_last"), data["t"]
+    layout = best_layout(settings.device, precision)
+    contestant = ours(case, weights, data, settings, precision, layout, "eager")
+    network = build(case, weights).to(settings.device, memory_format=memory_format(layout)).eval()
+    x, t = laid_out(data["eps"], layout), data["t"]
 
     @torch.no_grad()
     def forward() -> None:
-        network(x, t)
+        with autocast(settings.device, precision):
+            network(x, t)
 
     sections = []
     for title, work in (("training step", contestant.train), ("call of the network", forward)):
@@ -255,7 +261,7 @@ def profile(case: str, weights: Any, data: dict[str, Tensor], settings: argparse
             work()
         events = sorted(record.key_averages(), key=lambda event: -event.self_cpu_time_total)
         total = sum(event.self_cpu_time_total for event in events)
-        lines = [f"One {title}, case {case}, float32, {total / 1e3:.0f} ms under the profiler:", "", "| operator | share | ms | calls |", "|---|---|---|---|"]  # fmt: skip
+        lines = [f"One {title}, case {case}, {precision}, {layout}, {total / 1e3:.0f} ms under the profiler:", "", "| operator | share | ms | calls |", "|---|---|---|---|"]  # fmt: skip
         lines += [
             f"| {event.key} | {event.self_cpu_time_total / total:.1%} | {event.self_cpu_time_total / 1e3:.1f} | {event.count} |"
             for event in events[:8]
@@ -330,6 +336,12 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     return value.contiguous(memory_format=memory_format(layout)) if value.ndim == 4 else value
 
 
+def best_layout(device: str, precision: str) -> str:
+    """The layout that our own training takes; compilers, which lay maps out as they like, start from it too."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return "channels_last" if best_memory_format(device, dtype) == torch.channels_last else "contiguous"
+
+
 def memory_format(layout: str) -> torch.memory_format:
     return torch.channels_last if layout == "channels_last" else torch.contiguous_format
 
@@ -363,7 +375,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--ddim-steps", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--clock",
@@ -377,9 +389,16 @@ def main() -> None:
     parser.add_argument(
         "--layouts", nargs="+", choices=("contiguous", "channels_last"), default=["contiguous", "channels_last"]
     )
+    parser.add_argument(
+        "--default-allocator",
+        action="store_true",
+        help="leave glibc as it is (else all contestants have the allocator that keeps freed memory)",
+    )
     parser.add_argument("--profile", action="store_true", help="show where the time of ours goes")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
+    if not settings.default_allocator:
+        keep_freed_memory()
     if settings.device == "cuda":
         torch.backends.cudnn.benchmark = True
     if diffusers is not None:
@@ -402,7 +421,7 @@ def main() -> None:
         for precision in precisions(settings.device):
             contestants = []
             for mode in modes:
-                for layout in settings.layouts:
+                for layout in settings.layouts if mode == "eager" else [best_layout(settings.device, precision)]:
                     contestants.append(ours(case, weights, data, settings, precision, layout, mode))
                     if diffusers is not None:
                         contestants.append(theirs(case, weights, data, settings, precision, layout, mode))
@@ -410,10 +429,10 @@ def main() -> None:
                 contestants += [lucidrains(case, data, settings, precision, layout) for layout in settings.layouts]
             measure(contestants, settings)
             print(table(case, precision, settings.batch, contestants, settings.ddim_steps), end="\n\n", flush=True)
+            if settings.profile:
+                print(profile(case, weights, data, settings, precision), end="\n\n", flush=True)
         share = share_outside_network(case, weights, data, settings)
         print(f"Of our DDIM run, {share:.1%} is spent outside the network (goal: under 5%).", end="\n\n", flush=True)
-        if settings.profile:
-            print(profile(case, weights, data, settings), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

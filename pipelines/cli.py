@@ -81,6 +81,7 @@ def sample(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from diffusion_core.generation import SamplerSettings, generate
+    from diffusion_core.networks.memory import keep_freed_memory
     from diffusion_core.storage import atomic_path
     from pipelines.training.grids import image_grid, png
 
@@ -89,6 +90,7 @@ def sample(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: given {getattr(arguments, name)}, allowed at least 1")
     if arguments.output.suffix and arguments.output.suffix.lower() != ".png":
         raise ValueError(f"--output: given {arguments.output}, allowed a name that ends in .png, or a folder")
+    keep_freed_memory()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = _load_model(arguments.model, device)
     try:

@@ -116,6 +116,17 @@ def check_shared(folders: dict[str, Path]) -> None:
             path.unlink(missing_ok=True)
 
 
+def prepare_worker(threads: int) -> None:
+    """Called by each Ray worker before it computes: its share of the cores, and an allocator that keeps its memory."""
+    import torch
+
+    from diffusion_core.networks.memory import keep_freed_memory
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+
+
 def is_uri(storage: str) -> bool:
     return "://" in storage
 

@@ -16,6 +16,7 @@ from diffusion_core.artifact import DiffusionModel
 from diffusion_core.generation import SamplerSettings, generate
 from diffusion_core.metrics.statistics import GaussianStatistics
 from diffusion_core.storage import atomic_path
+from pipelines.cluster import prepare_worker
 from pipelines.evaluation.reference import Reference, load_reference
 
 
@@ -63,8 +64,7 @@ def evaluate_unit(work: Work, unit: Unit, settings: SamplerSettings, labels: np.
     Sample k depends on (seed, k, its label) alone, so the result is the same on any worker.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(work.threads)
+    prepare_worker(work.threads)
     model, reference = _load(work.model_dir, work.model_digest, work.reference_dir, work.data_hash, str(device))
     condition = torch.from_numpy(labels)
     indices = torch.arange(unit.first, unit.first + unit.count, dtype=torch.int64)

@@ -15,6 +15,7 @@ import torch
 from diffusion_core.generation import SamplerSettings, generate
 from diffusion_core.metrics.frechet import frechet_distance
 from diffusion_core.metrics.statistics import GaussianStatistics, merge_statistics
+from pipelines.cluster import prepare_worker
 from pipelines.data.shards import open_split
 from pipelines.evaluation.reference import Reference, load_reference
 from pipelines.evaluation.sweep import sample_labels
@@ -60,8 +61,7 @@ def run_trial(config: dict[str, Any], work: TrialWork) -> None:
     from ray import tune
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(work.threads)
+    prepare_worker(work.threads)
     settings = trial_settings(work.settings, config)
     images = open_split(Path(work.data_dir), "train")
     reference = load_reference(Path(work.reference_dir), work.data_hash)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from diffusion_core.networks.memory import keep_freed_memory
 from pipelines.data.shards import open_split, read_manifest
 from pipelines.training.loop import Hooks, TrainSettings, ema_model, new_state, train
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="write the EMA model here")
     arguments = parser.parse_args()
+    keep_freed_memory()
     manifest = read_manifest(arguments.data)
     settings = TrainSettings(
         seed=0,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core.storage import atomic_folder
-from pipelines.cluster import is_uri
+from pipelines.cluster import is_uri, prepare_worker
 from pipelines.params import Params
 from pipelines.stage import log
 from pipelines.training.loop import Hooks, Progress, TrainSettings, TrainState
@@ -102,7 +102,6 @@ def train_on_ray(
 def worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: join DDP, find the newest whole checkpoint, train, report checkpoints."""
     import ray.train
-    import torch
     import torch.distributed as dist
     from ray.train.torch import get_device, prepare_model
 
@@ -113,8 +112,7 @@ def worker(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(config["threads"])
+    prepare_worker(config["threads"])
     settings = TrainSettings(**config["settings"])
     key, queue, device = config["key"], config["queue"], get_device()
     if rank == 0:

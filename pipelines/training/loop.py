@@ -26,6 +26,7 @@ from diffusion_core.generation import to_float
 from diffusion_core.losses import training_loss
 from diffusion_core.networks import build_network
 from diffusion_core.networks.conditioning import ConditionSpec
+from diffusion_core.networks.memory import best_memory_format
 from diffusion_core.noise import NoiseSource
 from diffusion_core.objectives import check_objective
 from diffusion_core.schedules import NoiseSchedule, make_schedule
@@ -128,7 +129,8 @@ def new_state(settings: TrainSettings, device: torch.device) -> TrainState:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = build_network(settings.network)
-    network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    memory_format = best_memory_format(device, resolve_precision(settings.precision, device))
+    network = network.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
@@ -267,14 +269,15 @@ def _prepare(
 ) -> dict[str, Any]:
     """Images in [-1, 1], steps, noise and conditions of one batch; ``rows`` are positions in the global batch."""
     rows = rows.to(device, non_blocking=True)
-    x0 = to_float(pixels.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+    memory_format = best_memory_format(device, resolve_precision(settings.precision, device))
+    x0 = to_float(pixels.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
     draws = NoiseSource(settings.seed, "train-draws").uniform((3,), rows, step)
     if settings.horizontal_flip:
         x0 = torch.where((draws[:, 0] < 0.5).view(-1, 1, 1, 1), x0.flip(-1), x0)
     t = (draws[:, 1] * schedule.num_steps).to(torch.int64)
     eps = NoiseSource(settings.seed, "train-noise").normal(x0.shape[1:], rows, step)
     labels = condition.drop(labels.to(device, non_blocking=True), draws[:, 2] < settings.condition_dropout)
-    return {"x0": x0, "t": t, "eps": eps.contiguous(memory_format=torch.channels_last), "condition": labels}
+    return {"x0": x0, "t": t, "eps": eps.contiguous(memory_format=memory_format), "condition": labels}
 
 
 def dataset_indices(seed: int, size: int, positions: np.ndarray) -> np.ndarray:

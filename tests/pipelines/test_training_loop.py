@@ -199,3 +199,11 @@ def test_grid_shows_every_image_in_its_place() -> None:
     for index in range(6):
         top, left = 1 + (index // 3) * 9, 1 + (index % 3) * 9
         assert (picture[top : top + 8, left : left + 8] == index * 40).all()
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", True), ("bf16", False)])
+def test_network_and_batch_lie_as_their_precision_wants(precision: str, expected: bool) -> None:
+    settings = replace(SETTINGS, precision=precision)
+    state = new_state(settings, torch.device("cpu"))
+    weight = next(value for name, value in state.network.named_parameters() if name.endswith("conv1.weight"))
+    assert weight.is_contiguous(memory_format=torch.channels_last) == expected

@@ -373,6 +373,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=("float32", "bfloat16"), help="what the hardware multiplies, unless given"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--ddim-steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=2)
@@ -418,7 +421,7 @@ def main() -> None:
         if diffusers is not None:
             weights = diffusers.UNet2DModel(**CASES[case]).state_dict()
             print(compare_outputs(case, weights, data, settings), end="\n\n", flush=True)
-        for precision in precisions(settings.device):
+        for precision in settings.precisions or precisions(settings.device):
             contestants = []
             for mode in modes:
                 for layout in settings.layouts if mode == "eager" else [best_layout(settings.device, precision)]:

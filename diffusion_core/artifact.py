@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,10 @@ class DiffusionModel:
             raise ValueError(
                 f"{len(self.class_names)} class_names were given for a {spec.kind} condition of size {spec.size}"
             )
+        if self.class_names and spec.kind not in ("class", "multi_hot"):
+            raise ValueError(
+                f"class_names name the classes of a condition of kind class or multi_hot; this network's is {spec.kind!r}"
+            )
         if len(set(self.class_names)) != len(self.class_names):
             raise ValueError("class_names holds a name twice: labels could not be told apart")
         if self.attributes and tuple(len(names) for names in self.attributes.values()) != spec.sizes:
@@ -142,17 +147,27 @@ class DiffusionModel:
                 attributes = self.attributes or {
                     str(i): [str(n) for n in range(size)] for i, size in enumerate(spec.sizes)
                 }
-                given = condition if isinstance(condition, Mapping) else dict(zip(attributes, condition, strict=False))
+                if not isinstance(condition, Mapping) and (
+                    isinstance(condition, str) or len(condition) != len(attributes)
+                ):
+                    raise ValueError(
+                        f"condition {row} is {condition!r}: give one class for each of {', '.join(attributes)}, or a mapping"
+                    )
+                given = condition if isinstance(condition, Mapping) else dict(zip(attributes, condition, strict=True))
                 for attribute, label in given.items():
                     column = _index_of(attribute, list(attributes), "attribute")
                     batch[row, column] = _index_of(label, list(attributes.values())[column])
             elif spec.kind == "multi_hot":
-                weights = condition if isinstance(condition, Mapping) else dict.fromkeys(condition, 1.0)
+                names = [condition] if isinstance(condition, str) else condition
+                weights = condition if isinstance(condition, Mapping) else dict.fromkeys(names, 1.0)
                 batch[row] = 0.0
                 for name, weight in weights.items():
                     batch[row, int(self.class_labels([name])[0])] = float(weight)
             else:
-                value = torch.as_tensor(condition, dtype=torch.float32)
+                try:
+                    value = torch.as_tensor(condition, dtype=torch.float32)
+                except (TypeError, ValueError, RuntimeError):
+                    raise ValueError(f"condition {row} is not a table of numbers: {condition!r}") from None
                 rows = value.shape[:1] if spec.kind == "tokens" else ()
                 if value.shape != (*rows, spec.size) or (rows and not 1 <= rows[0] <= spec.length):
                     raise ValueError(
@@ -171,7 +186,14 @@ class DiffusionModel:
         return batch
 
     def save(self, folder: Path) -> str:
-        """Write the directory, whole or not at all; returns the SHA-256 of the weights file."""
+        """Write the directory, whole or not at all; returns the SHA-256 of the weights file.
+
+        Raises ValueError for a provenance that JSON cannot carry.
+        """
+        try:
+            json.dumps(dict(self.provenance))
+        except TypeError as error:
+            raise ValueError(f"provenance must hold what JSON carries (strings, numbers, lists): {error}") from None
         with atomic_folder(Path(folder)) as temporary:
             weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
             save_file(weights, temporary / "model.safetensors")
@@ -206,8 +228,8 @@ class DiffusionModel:
         try:
             schedule = make_schedule(**description["schedule"])
             network = build_network(description["network"])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: schedule or network: {error}") from None
         _load_weights(network, folder / "model.safetensors", description["weights_sha256"])
         network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
         try:
@@ -224,7 +246,7 @@ class DiffusionModel:
                 attributes={name: tuple(names) for name, names in description["attributes"].items()},
                 condition_source=description["condition_source"],
             )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
 
@@ -251,6 +273,10 @@ def _current_description(description: Any, path: Path) -> dict[str, Any]:
     for key in ("size", "channels"):
         if not isinstance(description["image"].get(key), int):
             raise ValueError(f"{path}: image.{key} must be a whole number, got {description['image'].get(key)!r}")
+    for key, names in (("class_names", description["class_names"]), *description["attributes"].items()):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            where = key if key == "class_names" else f"attributes.{key}"
+            raise ValueError(f"{path}: {where} must be a list of names, got {names!r}")
     return description
 
 
@@ -281,6 +307,10 @@ def _load_weights(network: nn.Module, path: Path, sha256: str) -> None:
                 f"{path} does not fit the network of model.json: {name} is {list(value.shape)}, "
                 f"the network has {list(expected[name].shape)}"
             )
+        if value.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(
+                f"{path} does not fit the network of model.json: {name} is {value.dtype}, the network has {expected[name].dtype}"
+            )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{path}: {name} holds NaN or infinity: the training diverged; use an earlier checkpoint")
     network.load_state_dict(weights)
@@ -302,5 +332,5 @@ def _index_of(label: Any, names: Sequence[str], what: str = "label") -> int:
 def _is_index(label: Any) -> bool:
     try:
         return float(label) == int(label)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_core import objectives
 from diffusion_core.schedules import NoiseSchedule
@@ -37,7 +37,7 @@ class Prediction:
 class Denoiser:
     """Turns ``network(x_t, t, condition, self_condition=None)`` into a `Prediction`.
 
-    A plain function ``(x_t, t) -> output`` can stand in for the network. ``clip``: None, or a bound that x0 is clamped to
+    A plain function ``(x_t, t)``, or ``(x_t, t, condition)``, can stand in for the network. ``clip``: None, or a bound that x0 is clamped to
     (images lie in [-1, 1], so 1.0). After clipping, eps is derived again from the clipped x0 so that the two agree, unless
     ``rederive_eps`` is off. ``dynamic_percentile``: the share p of dynamic thresholding in place of the clamp (see
     `threshold_dynamically`); it needs ``clip``, the range that it keeps. ``self_conditioning``: the network takes its last
@@ -66,7 +66,10 @@ class Denoiser:
                 raise ValueError(f"dynamic_percentile is a share in 0 to 1 (0.995, say), got {self.dynamic_percentile}")
             if self.clip is None:
                 raise ValueError("dynamic_percentile needs a range to keep x0 in: set clip (1.0 for images), not None")
-        object.__setattr__(self, "_takes_condition", _takes_condition(self.network))
+        form = _call_form(self.network)
+        if self.self_conditioning and form < 4:
+            raise ValueError("self_conditioning needs a network that takes self_condition=, and this one does not")
+        object.__setattr__(self, "_form", form)
 
     @classmethod
     def from_eps(
@@ -91,15 +94,16 @@ class Denoiser:
         Raises ValueError where the network's output does not have the shape that it must have.
         """
         steps = torch.full((x_t.shape[0],), t, dtype=torch.int64, device=x_t.device)
-        if self._takes_condition:  # type: ignore[attr-defined]
-            output = self.network(x_t, steps, condition, self_condition=self_condition)
-        else:
-            output = self.network(x_t, steps)
+        output = _call(self.network, self._form, x_t, steps, condition, self_condition)  # type: ignore[attr-defined]
         output, fraction = self._split(output.to(x_t.dtype), x_t)
         if level == -1:
             alpha_bar = self.schedule.alpha_bar(t if self.objective == "x0" else -1)
             return Prediction(x_t, objectives.to_eps(self.objective, output, x_t, alpha_bar), fraction)
         alpha_bar = self.schedule.alpha_bar(t if level is None else level)
+        if level not in (None, t) and self.objective == "x0":
+            # the network's error shrinks with the noise it was told of: divided by less noise, it would grow instead
+            eps = objectives.to_eps("x0", output, x_t, self.schedule.alpha_bar(t))
+            output = objectives.to_x0("eps", eps, x_t, alpha_bar)
         x0 = objectives.to_x0(self.objective, output, x_t, alpha_bar)
         if self.clip is not None:
             if self.dynamic_percentile is not None:
@@ -134,18 +138,40 @@ def threshold_dynamically(x0: Tensor, percentile: float, bound: float = 1.0) -> 
     return x0.clamp(-limit, limit) * (bound / limit)
 
 
-def _takes_condition(network: Network) -> bool:
-    """Whether to call ``network(x_t, t, condition, self_condition=...)``, or a plain function ``(x_t, t)``."""
+def call_network(
+    network: Network, x_t: Tensor, t: Tensor, condition: Any = None, self_condition: Tensor | None = None
+) -> Tensor:
+    """``network(x_t, t, condition, self_condition=...)``, or as much of it as a plain function takes.
+
+    Raises ValueError for a condition or an estimate given to a function that would not see it.
+    """
+    return _call(network, _call_form(network), x_t, t, condition, self_condition)
+
+
+def _call(network: Network, form: int, x_t: Tensor, t: Tensor, condition: Any, self_condition: Tensor | None) -> Tensor:
+    if form == 4:
+        return network(x_t, t, condition, self_condition=self_condition)
+    for given, taken, name in ((condition, form > 2, "condition"), (self_condition, False, "self_condition")):
+        if given is not None and not taken:
+            raise ValueError(
+                f"a {name} was given, but this network does not take one: "
+                "write it as network(x_t, t, condition, self_condition=None)"
+            )
+    return network(x_t, t, condition) if form == 3 else network(x_t, t)
+
+
+def _call_form(network: Network) -> int:
+    """How many of (x_t, t, condition, self_condition=) the network takes: 4, or of a plain function 3 or 2."""
     try:
-        signature = inspect.signature(network)
+        signature = inspect.signature(network.forward if isinstance(network, nn.Module) else network)
     except (TypeError, ValueError):
-        return True
-    for arguments, keywords, answer in (((None,) * 3, {"self_condition": None}, True), ((None,) * 2, {}, False)):
+        return 4
+    for form, keywords in ((4, {"self_condition": None}), (3, {}), (2, {})):
         try:
-            signature.bind(*arguments, **keywords)
+            signature.bind(*(None,) * min(form, 3), **keywords)
         except TypeError:
             continue
-        return answer
+        return form
     raise ValueError(
         f"a network is called as network(x_t, t, condition, self_condition=None), or as network(x_t, t); this one takes {signature}"
     )

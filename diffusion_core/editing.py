@@ -13,10 +13,20 @@ import torch
 from torch import Tensor
 
 from diffusion_core.denoiser import Denoiser
-from diffusion_core.grids import Grid, check_grid, restrict_grid
+from diffusion_core.grids import Grid, restrict_grid
 from diffusion_core.inversion import invert_ddim
-from diffusion_core.objectives import add_noise, per_image
-from diffusion_core.samplers import Callback, Step, StepNoise, check_eta, ddim_step, draw, sample_ddim, steps_of
+from diffusion_core.objectives import add_noise, check_images, per_image
+from diffusion_core.samplers import (
+    Callback,
+    Step,
+    StepNoise,
+    check_eta,
+    check_inputs,
+    ddim_step,
+    draw,
+    sample_ddim,
+    steps_of,
+)
 
 
 def edit(
@@ -70,8 +80,8 @@ def image_to_image(
     """
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"strength must lie above 0 and up to 1, got {strength}")
+    grid = check_inputs(denoiser, x0, grid, "x0")
     part = grid[len(grid) - max(1, round(strength * len(grid))) :]
-    check_grid(part, denoiser.schedule.num_steps)
     x_t = add_noise(x0, draw(noise, denoiser.schedule.num_steps, x0), denoiser.schedule.alpha_bar(part[0][0]))
     return sample_ddim(denoiser, x_t, part, noise, eta=eta, condition=condition, callback=callback, progress=progress)
 
@@ -85,6 +95,8 @@ def slerp(first: Tensor, second: Tensor, fraction: float) -> Tensor:
     """
     if first.shape != second.shape:
         raise ValueError(f"slerp needs two tensors of one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
+    check_images(first, "first")
+    check_images(second, "second")
     a, b = first.flatten(1).double(), second.flatten(1).double()
     cosine = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
     theta = torch.arccos(cosine.clamp(-1.0, 1.0))
@@ -148,7 +160,11 @@ def inpaint(
     sampling. Returns (B, ...), equal to x0 where known. Raises ValueError for a mask that does not fit, or bad options.
     """
     check_eta(eta)
-    check_grid(grid, denoiser.schedule.num_steps)
+    grid = check_inputs(denoiser, x0, grid, "x0")
+    if x_T.shape != x0.shape:
+        raise ValueError(f"x_T has shape {tuple(x_T.shape)}, x0 {tuple(x0.shape)}: they must agree")
+    if noise is None:
+        raise ValueError("inpainting adds noise at every step: pass noise=")
     if jump_length < 1 or resamples < 1:
         raise ValueError(f"jump_length and resamples must be at least 1, got {jump_length} and {resamples}")
     try:
@@ -169,7 +185,7 @@ def inpaint(
             continue
         prediction = denoiser(x, t, condition, carried)
         carried = prediction.x0 if denoiser.self_conditioning else None
-        unknown_part = ddim_step(denoiser, prediction, t, t_prev, lambda _: noise(next(addresses)), eta)
+        unknown_part = ddim_step(denoiser, prediction, t, t_prev, lambda _: draw(noise, next(addresses), x), eta)  # noqa: B023
         known_part = add_noise(x0, draw(noise, next(addresses), x), alpha_bar_prev) if t_prev >= 0 else x0
         x = mask * known_part + (1.0 - mask) * unknown_part
         if callback is not None:

@@ -24,7 +24,7 @@ def half_life_decay(step: int, half_life: float, batch_size: int, ramp: float | 
 
     step: counted from 1. Raises ValueError for a half-life, batch size or ramp that is not above 0.
     """
-    if half_life <= 0 or batch_size < 1 or (ramp is not None and ramp <= 0):
+    if not half_life > 0 or batch_size < 1 or (ramp is not None and not ramp > 0):
         raise ValueError(
             f"an EMA half-life, batch size and ramp must be above 0, got {half_life}, {batch_size} and {ramp}"
         )
@@ -36,8 +36,11 @@ def half_life_decay(step: int, half_life: float, batch_size: int, ramp: float | 
 def power_decay(step: int, sigma_rel: float) -> float:
     """(1 - 1 / step)^(gamma + 1), the power-function average of relative width ``sigma_rel`` (arXiv 2312.02696, eq. 127).
 
-    The weights of step s count as s^(gamma + 1) - (s - 1)^(gamma + 1), whatever the length of the run. step: from 1.
+    The weights of step s count as s^(gamma + 1) - (s - 1)^(gamma + 1), whatever the length of the run. step: from 1; the first is 0,
+    so that the average starts at the first weights. Raises ValueError for a step before, or a width out of range.
     """
+    if step < 1:
+        raise ValueError(f"the steps of an average are counted from 1, got {step}")
     return (1.0 - 1.0 / step) ** (power_gamma(sigma_rel) + 1.0)
 
 

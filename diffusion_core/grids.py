@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from numbers import Integral
 
 Grid = list[tuple[int, int]]
 SPACINGS = ("uniform", "leading", "trailing", "linspace", "quadratic")
@@ -19,11 +21,11 @@ def make_grid(spacing: str, schedule_steps: int, num_steps: int) -> Grid:
     ``leading``    i (T // S): the same where S divides T; otherwise it leaves out the top of the schedule
     ``trailing``   round(T - i T / S) - 1: starts at the last step (arXiv 2305.08891, table 2)
     ``linspace``   round(i (T - 1) / (S - 1)): both ends of the schedule
-    ``quadratic``  floor(c i^2) up to 0.8 T: the DDIM paper's for CIFAR-10; steps that coincide move up
+    ``quadratic``  floor((c i)^2) up to 0.8 T: the DDIM paper's for CIFAR-10; steps that coincide move up
 
     Raises ValueError for an unknown spacing, or S outside 1 to T.
     """
-    if not 1 <= num_steps <= schedule_steps:
+    if not isinstance(num_steps, Integral) or not 1 <= num_steps <= schedule_steps:
         raise ValueError(
             f"a grid of {num_steps} steps does not fit a schedule of {schedule_steps}: choose 1 to {schedule_steps}"
         )
@@ -37,8 +39,10 @@ def make_grid(spacing: str, schedule_steps: int, num_steps: int) -> Grid:
     elif spacing == "linspace":
         steps = [_round_half_even(i * (total - 1), count - 1) for i in range(count)] if count > 1 else [total - 1]
     elif spacing == "quadratic":
-        last = math.sqrt(0.8 * total)
-        steps = [int((last * i / (count - 1)) ** 2) for i in range(count)] if count > 1 else [total - 1]
+        last = math.sqrt(total * 0.8)
+        spacing_of_roots = last / max(count - 1, 1)  # rounded as NumPy's linspace rounds, which the paper's code calls
+        roots = [i * spacing_of_roots for i in range(count - 1)] + [last]
+        steps = [int(root * root) for root in roots] if count > 1 else [total - 1]
         for i in range(1, count):
             steps[i] = max(steps[i], steps[i - 1] + 1)
         steps = [min(step, total - count + i) for i, step in enumerate(steps)]
@@ -49,7 +53,10 @@ def make_grid(spacing: str, schedule_steps: int, num_steps: int) -> Grid:
 
 def grid_from_steps(steps: Sequence[int], schedule_steps: int) -> Grid:
     """The grid that visits the given steps (any order, distinct, in [0, T)) and then ends at the clean image."""
-    descending = sorted(steps, reverse=True)
+    try:
+        descending = sorted((operator.index(step) for step in steps), reverse=True)
+    except TypeError:
+        raise ValueError(f"the steps of a grid are whole numbers, got {list(steps)}") from None
     if not descending or len(set(descending)) != len(descending):
         raise ValueError(f"a grid needs at least one step and none twice, got {list(steps)}")
     if descending[-1] < 0 or descending[0] >= schedule_steps:
@@ -57,11 +64,12 @@ def grid_from_steps(steps: Sequence[int], schedule_steps: int) -> Grid:
     return list(zip(descending, [*descending[1:], -1], strict=True))
 
 
-def restrict_grid(grid: Grid, *, highest: int | None = None, lowest: int = -1) -> Grid:
+def restrict_grid(grid: Grid | Sequence[int], *, highest: int | None = None, lowest: int = -1) -> Grid:
     """The part of the grid from level ``highest`` down to level ``lowest``: to start in the middle, or to stop early.
 
     Raises ValueError unless both are levels of the grid (a level is a t or a t_prev) with something between them.
     """
+    grid = _pairs(grid)
     levels = [t for t, _ in grid] + ([grid[-1][1]] if grid else [])
     highest = levels[0] if highest is None and levels else highest
     for level in (highest, lowest):
@@ -73,8 +81,10 @@ def restrict_grid(grid: Grid, *, highest: int | None = None, lowest: int = -1) -
     return part
 
 
-def check_grid(grid: Grid, schedule_steps: int) -> None:
-    """Raise ValueError unless the pairs lie in the schedule and each goes down and joins the next."""
+def check_grid(grid: Grid | Sequence[int], schedule_steps: int) -> Grid:
+    """The grid, a plain list of steps turned into pairs. Raises ValueError unless the pairs lie in the schedule and each
+    goes down and joins the next."""
+    grid = _pairs(grid)
     if not grid:
         raise ValueError("an empty grid samples nothing")
     for position, (t, t_prev) in enumerate(grid):
@@ -84,6 +94,16 @@ def check_grid(grid: Grid, schedule_steps: int) -> None:
             )
         if position + 1 < len(grid) and grid[position + 1][0] != t_prev:
             raise ValueError(f"grid pair {position} ends at {t_prev}, but the next starts at {grid[position + 1][0]}")
+    return grid
+
+
+def _pairs(grid: Grid | Sequence[int]) -> Grid:
+    if all(isinstance(entry, Integral) for entry in grid):
+        return grid_from_steps(grid, max(grid) + 1) if len(grid) else []  # type: ignore[arg-type, type-var]
+    for entry in grid:
+        if not isinstance(entry, Sequence) or len(entry) != 2 or not all(isinstance(step, Integral) for step in entry):
+            raise ValueError(f"a grid is a list of pairs (t, t_prev) of whole numbers, or of steps; it holds {entry!r}")
+    return list(grid)  # type: ignore[arg-type]
 
 
 def _round_half_even(numerator: int, denominator: int) -> int:

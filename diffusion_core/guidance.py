@@ -6,13 +6,15 @@ Of a network with a learned variance only the first half of the channels is guid
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion_core.denoiser import Network
+from diffusion_core.denoiser import Network, call_network
 from diffusion_core.objectives import per_image
 from diffusion_core.schedules import NoiseSchedule
 
@@ -29,7 +31,7 @@ class ClassifierFreeGuidance:
     ``rescale``: 0 to 1, how far the output's spread is brought back to the conditional one's (arXiv 2305.08891, eq. 15-16).
     ``interval``: guide only at these steps (arXiv 2404.07724); see `steps_between_sigmas`.
 
-    Raises ValueError for a rescale outside [0, 1], an empty interval, or (when called) a condition of None.
+    Raises ValueError for a rescale outside [0, 1], an empty interval, or (when called) conditions that are not one an image.
     """
 
     network: Network
@@ -39,22 +41,30 @@ class ClassifierFreeGuidance:
     interval: Interval | None = None
 
     def __post_init__(self) -> None:
-        _check_options(self.rescale, self.interval)
+        _check_options(self.scale, self.rescale, self.interval)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any, self_condition: Tensor | None = None) -> Tensor:
         if condition is None:
             raise ValueError("guidance needs a condition to guide towards: pass condition=, or use the bare network")
+        if not isinstance(condition, Tensor) or condition.shape[:1] != x_t.shape[:1]:
+            got = tuple(condition.shape) if isinstance(condition, Tensor) else type(condition).__name__
+            raise ValueError(f"guidance needs a tensor of one condition for each of {x_t.shape[0]} images, got {got}")
+        if self.null_condition.shape[0] not in (1, x_t.shape[0]):
+            raise ValueError(
+                f"null_condition holds {self.null_condition.shape[0]} nulls for {x_t.shape[0]} images: give one, or one an image"
+            )
         scale = _scale_at(t, self.scale, self.interval)
         if scale == 1.0:
-            return self.network(x_t, t, condition, self_condition=self_condition)
+            return call_network(self.network, x_t, t, condition, self_condition)
         null = self.null_condition.to(x_t.device).expand(x_t.shape[0], *self.null_condition.shape[1:])
         if scale == 0.0:
-            return self.network(x_t, t, null, self_condition=self_condition)
-        both = self.network(
+            return call_network(self.network, x_t, t, null, self_condition)
+        both = call_network(
+            self.network,
             torch.cat([x_t, x_t]),
             torch.cat([t, t]),
             torch.cat([condition, null.to(condition.dtype)]),
-            self_condition=None if self_condition is None else torch.cat([self_condition, self_condition]),
+            None if self_condition is None else torch.cat([self_condition, self_condition]),
         )
         conditional, unconditional = both.chunk(2)
         return extrapolate(conditional, unconditional, scale, self.rescale, x_t.shape[1])
@@ -75,16 +85,16 @@ class Autoguidance:
     interval: Interval | None = None
 
     def __post_init__(self) -> None:
-        _check_options(self.rescale, self.interval)
+        _check_options(self.scale, self.rescale, self.interval)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any = None, self_condition: Tensor | None = None) -> Tensor:
         scale = _scale_at(t, self.scale, self.interval)
         if scale == 0.0:
-            return self.weak_network(x_t, t, condition, self_condition=self_condition)
-        strong = self.network(x_t, t, condition, self_condition=self_condition)
+            return call_network(self.weak_network, x_t, t, condition, self_condition)
+        strong = call_network(self.network, x_t, t, condition, self_condition)
         if scale == 1.0:
             return strong
-        weak = self.weak_network(x_t, t, condition, self_condition=self_condition)
+        weak = call_network(self.weak_network, x_t, t, condition, self_condition)
         return extrapolate(strong, weak, scale, self.rescale, x_t.shape[1])
 
 
@@ -98,6 +108,7 @@ def extrapolate(strong: Tensor, weak: Tensor, scale: float, rescale: float, chan
     guided = weak + scale * (strong - weak)
     if rescale > 0.0:
         spread = strong.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1)
+        spread = torch.where(torch.isfinite(spread), spread, torch.ones_like(spread))  # a constant output has no spread
         guided = guided * per_image(rescale * spread + (1.0 - rescale), guided)
     return torch.cat([guided, rest], dim=1) if rest.shape[1] else guided
 
@@ -128,7 +139,13 @@ def _scale_at(t: Tensor, scale: float, interval: Interval | None) -> float:
     raise ValueError("a guidance interval needs every image of a batch at the same step")
 
 
-def _check_options(rescale: float, interval: Interval | None) -> None:
+def _check_options(scale: float, rescale: float, interval: Interval | None) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"a guidance scale is a finite number, got {scale}")
+    if interval is not None and not all(isinstance(step, Integral) for step in interval):
+        raise ValueError(
+            f"a guidance interval is of steps, got {interval}: steps_between_sigmas turns noise levels into steps"
+        )
     if not 0.0 <= rescale <= 1.0:
         raise ValueError(f"guidance rescale must lie in 0 to 1, got {rescale}")
     if interval is not None and interval[0] > interval[1]:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_core.denoiser import Denoiser, Network
+from diffusion_core.denoiser import Denoiser, Network, call_network
 from diffusion_core.grids import Grid, check_grid, restrict_grid
 from diffusion_core.guidance import Autoguidance, ClassifierFreeGuidance
 from diffusion_core.networks.conditioning import ConditionSpec
 from diffusion_core.objectives import per_image
-from diffusion_core.samplers import Callback, Step, ddim_step, sample_ddim, steps_of
+from diffusion_core.samplers import Callback, Step, check_inputs, ddim_step, sample_ddim, steps_of
 
 Trajectory = dict[int, Tensor]
 
@@ -43,13 +43,14 @@ def invert_ddim(
     step being the sampler's own from t to s. Its fixed point is the exact inverse, which is the equation that AIDI solves by
     iteration (arXiv 2309.04907, section 3); written so, as a residual, it also converges near pure noise, where iterating
     on eps alone stalls. w is 1 at first, then for each image the secant through its last two tries, and halved where its gap
-    |x_s - step(x_t)| would grow (Barzilai and Borwein, IMA J. Numer. Anal. 8, 1988, with that safeguard). It stops once no
-    element of the gap is above ``tolerance``, or after that many network calls a level.
+    |x_s - step(x_t)| would grow (Barzilai and Borwein, IMA J. Numer. Anal. 8, 1988, with that safeguard). An image stops once no
+    element of its gap is above ``tolerance``, or after that many network calls a level. With ``self_conditioning`` the gap is
+    that of a sampler which carries the estimates of this walk; the sampler carries its own, so that some of it stays.
 
     x0: (B, ...) float32 at the grid's last level (-1, the clean image, or any middle latent). Returns (B, ...). The
     callback sees Step(t, s, x_t, x0_hat) for each step up. Raises ValueError for a grid that does not fit the schedule.
     """
-    check_grid(grid, denoiser.schedule.num_steps)
+    grid = check_inputs(denoiser, x0, grid, "x0")
     if fixed_point_steps < 0 or tolerance < 0:
         raise ValueError(f"fixed_point_steps and tolerance must not be negative, got {fixed_point_steps}, {tolerance}")
     x = x0
@@ -62,7 +63,7 @@ def invert_ddim(
         best, residual = raised, torch.zeros_like(raised)
         smallest = per_image(x.new_full((x.shape[0],), torch.inf), x)
         weight = torch.ones_like(smallest)
-        for _ in range(fixed_point_steps):
+        for step in range(fixed_point_steps):
             prediction = denoiser(raised, t, condition, carried)
             gap = x - ddim_step(denoiser, prediction, t, t_prev)
             norm = per_image(gap.flatten(1).norm(dim=1), x)
@@ -71,10 +72,15 @@ def invert_ddim(
             best, residual = torch.where(closer, raised, best), torch.where(closer, gap, residual)
             x0_hat = torch.where(closer, prediction.x0, x0_hat)
             smallest = torch.where(closer, norm, smallest)
-            if tolerance > 0.0 and float(residual.abs().max()) <= tolerance:
-                raised = best
-                break
-            raised = best + weight * residual
+            # the last try is not evaluated any more: no long jump there
+            tried = best + (weight.clamp(max=2.0) if step + 1 == fixed_point_steps else weight) * residual
+            if tolerance > 0.0:
+                done = per_image(residual.flatten(1).abs().amax(dim=1) <= tolerance, x)
+                tried = torch.where(done, best, tried)
+                if bool(done.all()):
+                    raised = tried
+                    break
+            raised = tried
         x = raised
         carried = x0_hat if denoiser.self_conditioning else None
         if callback is not None:
@@ -83,15 +89,19 @@ def invert_ddim(
 
 
 def _secant_weight(moved: Tensor, closed: Tensor) -> Tensor:
-    """(B, 1, ...): <moved, closed> / <closed, closed>, within [1/8, 2]: what would have closed the gap best; 1 before any move."""
+    """(B, 1, ...): <moved, closed> / <closed, closed>, within [1/8, 1e6]: what would have closed the gap best; 1 before any move.
+
+    Where a step is so long that step(x_t) hardly depends on x_t, it takes a large one to close the gap.
+    """
     product = (moved * closed).flatten(1).sum(dim=1)
-    weight = (product / closed.square().flatten(1).sum(dim=1)).clamp(0.125, 2.0)
+    weight = (product / closed.square().flatten(1).sum(dim=1)).clamp(0.125, 1e6)
     still = moved.flatten(1).abs().amax(dim=1) == 0
     return per_image(torch.where(still | ~torch.isfinite(weight), torch.ones_like(weight), weight), moved)
 
 
 def invert_trajectory(denoiser: Denoiser, x0: Tensor, grid: Grid, **options: Any) -> Trajectory:
     """Every image of `invert_ddim`, by level: {-1: x0, ..., t: x_t}. ``options`` are those of `invert_ddim`."""
+    grid = check_grid(grid, denoiser.schedule.num_steps)
     trajectory = {grid[-1][1]: x0}
     seen = options.pop("callback", None)
 
@@ -112,6 +122,8 @@ def reconstruct(
     ``options`` are those of `sample_ddim` (condition, callback, progress). Raises ValueError for a level that the
     trajectory or the grid does not have.
     """
+    if not trajectory:
+        raise ValueError("an empty trajectory has no level to start from")
     start = max(trajectory) if start is None else start
     if start not in trajectory:
         raise ValueError(f"the trajectory has no level {start}; it has {sorted(trajectory)}")
@@ -140,20 +152,24 @@ def optimise_null_condition(
     embedding) is tuned itself, (B, ...) float; a null that is only a mark (class, multi-hot, vector) is tuned as what the
     network's condition embedding makes of it (the modules that hold a ``spec``, a ConditionSpec). The network's weights stay as they are.
 
-    Raises ValueError for an unguided denoiser, guidance scale 1, or a trajectory without one of the grid's levels.
+    Raises ValueError for an unguided denoiser, guidance scale 1, inner_steps below 0, or a trajectory without one of the
+    grid's levels.
     """
     guidance = denoiser.network
     if not isinstance(guidance, ClassifierFreeGuidance):
         raise ValueError("null-condition optimisation needs a denoiser whose network is a ClassifierFreeGuidance")
     if guidance.scale == 1.0:
         raise ValueError("at guidance scale 1 the null condition is never used: choose another scale")
-    check_grid(grid, denoiser.schedule.num_steps)
+    if inner_steps < 0:
+        raise ValueError(f"inner_steps must not be negative, got {inner_steps}")
+    grid = check_grid(grid, denoiser.schedule.num_steps)
     missing = sorted({level for pair in grid for level in pair} - set(trajectory))
     if missing:
         raise ValueError(f"the trajectory lacks the grid's levels {missing}: invert over the same grid")
     x = trajectory[grid[0][0]]
     null = _start_null(guidance, x, grid[0][0])
     tuned: list[Denoiser] = []
+    carried = None
     for t, t_prev in steps_of(grid, progress, "null optimisation"):
         aim = trajectory[t_prev]
         with torch.enable_grad():
@@ -161,28 +177,51 @@ def optimise_null_condition(
             optimizer = torch.optim.Adam(null, lr=learning_rate)
             for _ in range(inner_steps):
                 at_t = dataclasses.replace(denoiser, network=_guided_by(guidance, null))
-                gap = (ddim_step(at_t, at_t(x, t, condition), t, t_prev) - aim).square().flatten(1).mean(dim=1)
-                if float(gap.detach().max()) <= tolerance:
+                gap = (ddim_step(at_t, at_t(x, t, condition, carried), t, t_prev) - aim).square().flatten(1).mean(dim=1)
+                done = gap.detach() <= tolerance
+                if bool(done.all()) or not gap.requires_grad:  # outside a guidance interval the null takes no part
                     break
                 gradients = torch.autograd.grad(gap.sum(), null)
+                before = [value.detach().clone() for value in null]
                 for value, gradient in zip(null, gradients, strict=True):
                     value.grad = gradient
                 optimizer.step()
+                with torch.no_grad():  # Adam's momentum must not move an image that is done
+                    for value, former in zip(null, before, strict=True):
+                        value.copy_(torch.where(per_image(done, value), former, value))
         null = [value.detach() for value in null]
         tuned.append(dataclasses.replace(denoiser, network=_guided_by(guidance, null)))
-        x = sample_with_denoisers(tuned[-1:], x, [(t, t_prev)], condition=condition)
+        with torch.no_grad():
+            prediction = tuned[-1](x, t, condition, carried)
+            x = ddim_step(denoiser, prediction, t, t_prev)
+        carried = prediction.x0 if denoiser.self_conditioning else None
     return tuned
 
 
+@torch.no_grad()
 def sample_with_denoisers(
-    denoisers: Sequence[Denoiser], x_T: Tensor, grid: Grid, *, condition: Any = None, callback: Callback | None = None
+    denoisers: Sequence[Denoiser],
+    x_T: Tensor,
+    grid: Grid,
+    *,
+    condition: Any = None,
+    callback: Callback | None = None,
+    progress: bool = False,
 ) -> Tensor:
-    """DDIM with eta 0 and another denoiser at each step of the grid, as `optimise_null_condition` returns them."""
+    """DDIM with eta 0 and another denoiser at each step of the grid, as `optimise_null_condition` returns them.
+
+    Raises ValueError unless there is one denoiser a step.
+    """
     if len(denoisers) != len(grid):
         raise ValueError(f"{len(grid)} grid steps need as many denoisers, got {len(denoisers)}")
-    x = x_T
-    for denoiser, pair in zip(denoisers, grid, strict=True):
-        x = sample_ddim(denoiser, x, [pair], condition=condition, callback=callback)
+    grid = check_inputs(denoisers[0], x_T, grid) if denoisers else []
+    x, carried = x_T, None
+    for denoiser, (t, t_prev) in steps_of(list(zip(denoisers, grid, strict=True)), progress, "DDIM"):
+        prediction = denoiser(x, t, condition, carried)
+        x = ddim_step(denoiser, prediction, t, t_prev)
+        carried = prediction.x0 if denoiser.self_conditioning else None
+        if callback is not None:
+            callback(Step(t, t_prev, x, prediction.x0))
     return x
 
 
@@ -212,7 +251,7 @@ def _start_null(guidance: ClassifierFreeGuidance, x: Tensor, t: int) -> list[Ten
     with contextlib.ExitStack() as stack, torch.no_grad():
         for module in modules:
             stack.callback(module.register_forward_hook(keep).remove)
-        guidance.network(x, torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device), null, self_condition=None)
+        call_network(guidance.network, x, torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device), null)
     return [outputs[module] for module in modules]
 
 
@@ -233,7 +272,7 @@ def _network_with_embeddings(
     def unconditional(x_t: Tensor, t: Tensor, condition: Any = None, self_condition: Tensor | None = None) -> Tensor:
         null = null_condition.to(x_t.device).expand(x_t.shape[0], *null_condition.shape[1:])
         with _outputs_replaced(modules, embeddings):
-            return network(x_t, t, null, self_condition=self_condition)
+            return call_network(network, x_t, t, null, self_condition)
 
     return unconditional
 

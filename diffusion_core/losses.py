@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_core import objectives
-from diffusion_core.denoiser import Denoiser, Network
-from diffusion_core.grids import Grid, check_grid, make_grid
-from diffusion_core.objectives import per_image
+from diffusion_core.denoiser import Denoiser, Network, call_network
+from diffusion_core.grids import Grid, make_grid
+from diffusion_core.objectives import check_images, per_image
 from diffusion_core.posterior import VARIANCES, learned_log_variance, log_variance_range, posterior
-from diffusion_core.samplers import StepNoise, draw
+from diffusion_core.samplers import StepNoise, check_inputs, draw
 from diffusion_core.schedules import NoiseSchedule
 from diffusion_core.weightings import loss_weight
 
@@ -53,9 +53,17 @@ def training_loss(
     bits/dim being this step's term of the variational bound, with the mean's gradient stopped, so that only the variance
     learns from it (the hybrid loss of arXiv 2102.09672, eq. 16: T L_t estimates the whole bound).
 
-    Raises ValueError for unknown names, an objective that the schedule cannot carry, or outputs of the wrong shape.
+    Raises ValueError for unknown names, an objective that the schedule cannot carry, tensors of the wrong shape or type, or
+    (where t lies on a CPU) steps outside the schedule.
     """
     objectives.check_objective(objective, schedule)
+    check_images(x0)
+    if t.shape != x0.shape[:1] or eps.shape != x0.shape:
+        raise ValueError(
+            f"t must be one step an image and eps as x0, got t {tuple(t.shape)} and eps {tuple(eps.shape)} for x0 {tuple(x0.shape)}"
+        )
+    if t.device.type == "cpu" and t.numel() and int(t.min()) < 0:
+        raise ValueError(f"training steps must lie in 0 to {schedule.num_steps - 1}, got {int(t.min())}")
     if error not in ERRORS or huber_delta <= 0:
         raise ValueError(
             f"error must be one of {', '.join(ERRORS)} and huber_delta above 0, got {error!r}, {huber_delta}"
@@ -64,13 +72,13 @@ def training_loss(
     x_t = objectives.add_noise(x0, eps, alpha_bar)
     if self_condition:
         with torch.no_grad():
-            first = network(x_t, t, condition).float()[:, : x0.shape[1]]
+            first = call_network(network, x_t, t, condition).float()[:, : x0.shape[1]]
             estimate = objectives.to_x0(objective, first, x_t, alpha_bar)
             if self_condition_clip is not None:
                 estimate = estimate.clamp(-self_condition_clip, self_condition_clip)
-        output = network(x_t, t, condition, self_condition=estimate).float()
+        output = call_network(network, x_t, t, condition, estimate).float()
     else:
-        output = network(x_t, t, condition).float()
+        output = call_network(network, x_t, t, condition).float()
     channels = x0.shape[1] * (2 if learned_variance else 1)
     if output.shape != (x0.shape[0], channels, *x0.shape[2:]):
         raise ValueError(
@@ -83,7 +91,10 @@ def training_loss(
         errors = (output - target).square()
     else:
         errors = 2.0 * F.huber_loss(output, target, reduction="none", delta=huber_delta)
-    weight = loss_weight(weighting, objective, schedule.snr(t), **(weighting_options or {}))
+    try:
+        weight = loss_weight(weighting, objective, schedule.snr(t), **(weighting_options or {}))
+    except TypeError as mistake:
+        raise ValueError(f"weighting {weighting!r} does not take {dict(weighting_options or {})}: {mistake}") from None
     loss = weight.to(errors.dtype) * errors.flatten(1).mean(dim=1)
     if learned_variance:
         x0_hat = objectives.to_x0(objective, output.detach(), x_t, alpha_bar)
@@ -127,7 +138,7 @@ def variational_bound(
     ``variance`` as in `sample_ddpm`. ``grid``: the reverse chain, the full one unless given. ``decoder``: ``discretised``, the
     probability of an 8-bit level under the last Gaussian (eq. 13), for images of 256 levels in [-1, 1]; or ``density``, its
     density, for continuous data. Where the posterior variance would be 0, in the last pair, that of the pair before stands
-    in (arXiv 2102.09672, as its authors' code). x0: (B, ...) float32. A denoiser with ``self_conditioning`` is asked without.
+    in (arXiv 2102.09672, as its authors' code); ``fixed_large`` has beta there, where that code takes the stand-in. x0: (B, ...) float32. A denoiser with ``self_conditioning`` is asked without.
 
     Raises ValueError for unknown names, a learned variance of a network without, or a grid that is not down to -1.
     """
@@ -141,7 +152,11 @@ def variational_bound(
         )
     schedule = denoiser.schedule
     grid = make_grid("uniform", schedule.num_steps, schedule.num_steps) if grid is None else grid
-    check_grid(grid, schedule.num_steps)
+    grid = check_inputs(denoiser, x0, grid, "x0")
+    if decoder == "discretised" and float(x0.abs().max()) > 1.0:
+        raise ValueError(
+            f"images of 256 levels lie in [-1, 1], these reach {float(x0.abs().max()):g}: scale them, or use decoder='density'"
+        )
     if grid[-1][1] != -1:
         raise ValueError(f"the bound's chain must reach the clean image: the grid ends at level {grid[-1][1]}, not -1")
     levels = torch.tensor([level for pair in grid for level in pair]).view(-1, 2)
@@ -189,7 +204,7 @@ def _bound_term(schedule: NoiseSchedule, x0: Tensor, x0_hat: Tensor, fraction: T
     """(B,) bits/dim: the bound's term of each image's own step t, in the full chain."""
     alpha_bar = per_image(schedule.gather(t), x0)
     alpha_bar_prev = per_image(schedule.gather(t - 1), x0)
-    floor = schedule.alpha_bar(0)
+    floor = 1.0 - schedule.alpha_bar(0)
     if schedule.num_steps > 1:
         floor = float(posterior(schedule.alpha_bar(1), schedule.alpha_bar(0)).variance)
     log_small, log_large = log_variance_range(alpha_bar, alpha_bar_prev, alpha_bar.new_tensor(floor))

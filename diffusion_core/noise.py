@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -44,14 +46,16 @@ class NoiseSource:
     """Random numbers of one seed and one named stream.
 
     ``seed``: a non-negative integer below 2^63. ``stream`` keeps uses apart (sampling, training noise, flips).
+
+    Raises ValueError for a seed, a step or (where they lie on a CPU) sample indices out of range.
     """
 
     seed: int
     stream: str = "sample"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"a seed must lie in 0 to 2^63 - 1, got {self.seed}")
+        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"a seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")
 
     def uniform(self, shape: Sequence[int], indices: Tensor, step: int) -> Tensor:
         """(B, *shape) float64 in (0, 1): for each sample index of ``indices`` ((B,) int64, in [0, 2^32)) at ``step``."""
@@ -80,7 +84,14 @@ class NoiseSource:
 
     def _words(self, count: int, indices: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Four words for each group of four elements: tensors of shape (B, ceil(count / 4))."""
-        assert step >= 0
+        if not 0 <= step <= _MASK:
+            raise ValueError(f"a step of the noise must lie in 0 to 2^32 - 1, got {step}")
+        if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in _INTEGERS:
+            raise ValueError("sample indices are a vector of whole numbers, such as torch.arange(64)")
+        if indices.device.type == "cpu" and indices.numel():  # elsewhere reading them would wait for the device
+            low, high = int(indices.min()), int(indices.max())
+            if low < 0 or high > _MASK:
+                raise ValueError(f"sample indices must lie in 0 to 2^32 - 1, got {low} to {high}")
         device = indices.device
         blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=device).view(1, -1)
         rows = indices.to(torch.int64).view(-1, 1)

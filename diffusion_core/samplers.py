@@ -1,13 +1,15 @@
 """Samplers: one plain function each, over (denoiser, x_T, grid, noise). No hidden state.
 
-A part of a grid starts in the middle or stops early (`grids.restrict_grid`). ``callback`` sees every step, so that
+``grid`` is what `grids.make_grid` gives, or any list of steps. A part of a grid starts in the middle or stops early (`grids.restrict_grid`). ``callback`` sees every step, so that
 ``steps = []; sample_ddim(..., callback=steps.append)`` keeps the trajectory of x_t and x0. ``progress=True`` shows a bar.
+A `Denoiser` clips its estimate of x0 to [-1, 1] unless built with ``clip=None``: data of another range needs that.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from diffusion_core.denoiser import Denoiser, Prediction
 from diffusion_core.grids import Grid, check_grid
+from diffusion_core.objectives import check_images
 from diffusion_core.posterior import VARIANCES, learned_log_variance, posterior
 
 StepNoise = Callable[[int], Tensor]
@@ -51,7 +54,7 @@ def ddim_sigmas(alpha_bar: float, alpha_bar_prev: float, eta: float | Literal["s
 
 def check_eta(eta: float | Literal["sigma_hat"]) -> None:
     """Raise ValueError unless eta is in [0, 1] or "sigma_hat"."""
-    if eta != "sigma_hat" and not (isinstance(eta, int | float) and 0.0 <= eta <= 1.0):
+    if eta != "sigma_hat" and not (isinstance(eta, Real) and 0.0 <= eta <= 1.0):
         raise ValueError(f"eta must lie in 0 to 1, or be 'sigma_hat' (the larger DDPM variance), got {eta!r}")
 
 
@@ -75,7 +78,7 @@ def sample_ddim(
     Raises ValueError for eta outside [0, 1], a grid that does not fit the schedule, or missing noise.
     """
     check_eta(eta)
-    _check_inputs(denoiser, x_T, grid)
+    grid = check_inputs(denoiser, x_T, grid)
     if eta != 0.0 and noise is None:
         raise ValueError("sampling with eta above 0 needs a source of noise: pass noise=")
     x, x0 = x_T, None
@@ -130,7 +133,7 @@ def sample_ddpm(
         raise ValueError(
             "variance 'learned' needs a network that learned it: build the denoiser with learned_variance=True"
         )
-    _check_inputs(denoiser, x_T, grid)
+    grid = check_inputs(denoiser, x_T, grid)
     if noise is None:
         raise ValueError("ancestral sampling adds noise at every step: pass noise=")
     x, x0 = x_T, None
@@ -206,7 +209,7 @@ def _sample_dpmpp_2m(
     ODE: x_s = sigma_s / sigma_t x_t + alpha_s (1 - e^-h) D
     SDE: x_s = sigma_s / sigma_t e^-h x_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) z
     """
-    _check_inputs(denoiser, x_T, grid)
+    grid = check_inputs(denoiser, x_T, grid)
     x, last_x0, last_h = x_T, None, math.inf
     for t, t_prev in steps_of(grid, progress, "DPM-Solver++"):
         alpha_bar, alpha_bar_prev = denoiser.schedule.alpha_bar(t), denoiser.schedule.alpha_bar(t_prev)
@@ -246,7 +249,7 @@ def sample_heun(
     Euler's, that is DDIM's. Deterministic: ``noise`` is never asked. x_T: (B, ...) float32 at the noise level of the
     grid's first step. Returns the image at the grid's end. Raises ValueError for a grid that does not fit the schedule.
     """
-    _check_inputs(denoiser, x_T, grid)
+    grid = check_inputs(denoiser, x_T, grid)
     x, x0 = x_T, None
     for t, t_prev in steps_of(grid, progress, "Heun"):
         alpha_bar, alpha_bar_prev = denoiser.schedule.alpha_bar(t), denoiser.schedule.alpha_bar(t_prev)
@@ -275,10 +278,14 @@ def draw(noise: StepNoise | None, step: int, like: Tensor) -> Tensor:
     """``noise(step)`` in the type of ``like``. Raises ValueError where there is no source, or its shape is another."""
     if noise is None:
         raise ValueError("this step adds noise: pass noise=")
+    if not callable(noise):
+        raise ValueError(
+            f"noise is a function of the step, got {type(noise).__name__}: of a NoiseSource, pass source.for_samples(shape, indices)"
+        )
     z = noise(step)
     if z.shape != like.shape:
         raise ValueError(f"noise({step}) has shape {tuple(z.shape)}, the images have {tuple(like.shape)}")
-    return z.to(like.dtype)
+    return z.to(like.device, like.dtype)
 
 
 def _half_log_snr(alpha_bar: float) -> float:
@@ -287,7 +294,12 @@ def _half_log_snr(alpha_bar: float) -> float:
     return math.inf if alpha_bar >= 1.0 else 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
 
 
-def _check_inputs(denoiser: Denoiser, x_T: Tensor, grid: Grid) -> None:
-    check_grid(grid, denoiser.schedule.num_steps)
-    if not x_T.is_floating_point() or x_T.ndim < 2:
-        raise ValueError(f"x_T must be a (B, ...) batch of floats, got {tuple(x_T.shape)} {x_T.dtype}")
+def check_inputs(denoiser: Denoiser, images: Tensor, grid: Grid, name: str = "x_T") -> Grid:
+    """The grid as pairs. Raises ValueError for what is no denoiser, images that are no batch of floats, or a bad grid."""
+    if not hasattr(denoiser, "schedule"):
+        raise ValueError(
+            f"a sampler needs a Denoiser, which knows the noise schedule, got {type(denoiser).__name__}: "
+            "wrap a function (x_t, t) -> eps as Denoiser.from_eps(function, schedule)"
+        )
+    check_images(images, name)
+    return check_grid(grid, denoiser.schedule.num_steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ class NoiseSchedule:
     ``alphas_cumprod``: (T,) float64, strictly decreasing, in [0, 1); entry t is
     alpha_bar_t = prod_{s<=t} (1 - beta_s) (DDPM, arXiv 2006.11239, section 2), so that
     q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I). Only the last entry may be 0
-    (zero terminal SNR, arXiv 2305.08891). ``config`` is what `make_schedule` needs to build it again.
+    (zero terminal SNR, arXiv 2305.08891). ``config`` is what `make_schedule` needs to build it again; without one,
+    the array itself.
 
     Raises ValueError where the array is not such a schedule.
     """
@@ -29,6 +31,8 @@ class NoiseSchedule:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.alphas_cumprod, Tensor):
+            object.__setattr__(self, "alphas_cumprod", torch.as_tensor(self.alphas_cumprod, dtype=torch.float64))
         table = self.alphas_cumprod
         if table.ndim != 1 or table.numel() < 1 or table.dtype != torch.float64:
             raise ValueError(f"alphas_cumprod must be a float64 vector, not {tuple(table.shape)} {table.dtype}")
@@ -36,6 +40,9 @@ class NoiseSchedule:
             raise ValueError("alphas_cumprod must lie in [0, 1): check the schedule's start and end")
         if bool((table.diff() >= 0).any()):
             raise ValueError("alphas_cumprod must fall at every step: noise only ever grows")
+        if not self.config:
+            given = {"name": "given", "num_steps": table.numel(), "alphas_cumprod": table.detach().cpu().tolist()}
+            object.__setattr__(self, "config", given)
         padded = torch.cat([torch.ones(1, dtype=torch.float64), table.detach().cpu()])
         object.__setattr__(self, "_tables", {torch.device("cpu"): padded})
         object.__setattr__(self, "_values", padded.tolist())
@@ -51,16 +58,24 @@ class NoiseSchedule:
 
     def alpha_bar(self, t: int) -> float:
         """alpha_bar_t as a Python float; t in [-1, T), and alpha_bar_{-1} is exactly 1."""
-        if not -1 <= t < self.num_steps:
+        if not isinstance(t, Integral) or not -1 <= t < self.num_steps:
             raise ValueError(f"step {t} is outside the schedule: allowed are -1 to {self.num_steps - 1}")
         return self._values[t + 1]  # type: ignore[attr-defined]
 
     def gather(self, t: Tensor) -> Tensor:
-        """alpha_bar at each step of ``t`` (any shape, int64, in [-1, T)), as float64 on t's device."""
+        """alpha_bar at each step of ``t`` (any shape, int64, in [-1, T)), as float64 on t's device.
+
+        Raises ValueError for steps that are not whole numbers or, where they lie on a CPU, outside the schedule.
+        """
+        t = torch.as_tensor(t)
+        if t.is_floating_point() or t.dtype == torch.bool:
+            raise ValueError(f"steps are whole numbers, got {t.dtype}")
+        if t.device.type == "cpu" and t.numel() and (int(t.min()) < -1 or int(t.max()) >= self.num_steps):
+            raise ValueError(f"steps must lie in -1 to {self.num_steps - 1}, got {int(t.min())} to {int(t.max())}")
         tables = self._tables  # type: ignore[attr-defined]
         if t.device not in tables:
             tables[t.device] = tables[torch.device("cpu")].to(t.device)
-        return tables[t.device][t + 1]
+        return tables[t.device][t.long() + 1]
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t), float64; 0 at a zero terminal SNR."""
@@ -86,7 +101,7 @@ def make_schedule(name: str, num_steps: int = 1000, **options: Any) -> NoiseSche
     """The schedule of that name over ``num_steps`` steps.
 
     ``linear``         beta from 1e-4 to 0.02 (DDPM), scaled by 1000 / T for other T
-    ``scaled_linear``  sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (Stable Diffusion)
+    ``scaled_linear``  sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (Stable Diffusion), made for T = 1000: not scaled
     ``cosine``         alpha_bar = cos^2 of a quarter turn, s = 0.008, beta <= 0.999 (arXiv 2102.09672, eq. 17)
     ``sigmoid``        a rescaled sigmoid from ``start`` -3 to ``end`` 3 with ``tau`` (arXiv 2212.11972)
     ``given``          the list ``alphas_cumprod`` of ``num_steps`` numbers, as `given_schedule` records it
@@ -94,8 +109,8 @@ def make_schedule(name: str, num_steps: int = 1000, **options: Any) -> NoiseSche
     ``zero_terminal_snr=True`` rescales so that the last step is pure noise (arXiv 2305.08891,
     algorithm 1). Raises ValueError for an unknown name, an unknown option, or a value out of range.
     """
-    if num_steps < 1:
-        raise ValueError(f"a schedule needs at least one step, got {num_steps}")
+    if not isinstance(num_steps, Integral) or num_steps < 1:
+        raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
     builders: dict[str, Callable[..., Tensor]] = {
         "linear": _linear,
         "scaled_linear": _scaled_linear,
@@ -120,7 +135,10 @@ def given_schedule(alphas_cumprod: Tensor | Sequence[float]) -> NoiseSchedule:
 
     Float32 arrays are taken at their value. Raises ValueError as `NoiseSchedule` does.
     """
-    values = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64).flatten().tolist()
+    array = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
+    if array.ndim != 1:
+        raise ValueError(f"alphas_cumprod must be a vector, got shape {tuple(array.shape)}")
+    values = array.tolist()
     return make_schedule("given", num_steps=len(values), alphas_cumprod=values)
 
 
@@ -153,9 +171,8 @@ def _linear(num_steps: int, *, start: float = 1e-4, end: float = 0.02) -> Tensor
 
 
 def _scaled_linear(num_steps: int, *, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    scale = 1000.0 / num_steps
-    roots = torch.linspace(math.sqrt(start * scale), math.sqrt(end * scale), num_steps, dtype=torch.float64)
-    return _from_betas(roots.square().clamp(max=0.999))
+    roots = torch.linspace(math.sqrt(start), math.sqrt(end), num_steps, dtype=torch.float64)
+    return _from_betas(roots.square())
 
 
 def _cosine(num_steps: int, *, s: float = 0.008, max_beta: float = 0.999) -> Tensor:

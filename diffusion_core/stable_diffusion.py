@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusion_core.denoiser import Denoiser
 from diffusion_core.guidance import ClassifierFreeGuidance, Interval
+from diffusion_core.objectives import check_images
 from diffusion_core.schedules import NoiseSchedule, given_schedule
 
 OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -42,7 +43,11 @@ class StableDiffusion:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule that the pipeline's scheduler holds, at its float32 values."""
+        """The noise schedule that the pipeline's scheduler holds, at its float32 values.
+
+        The step to the clean image has alpha-bar 1, as everywhere here; a scheduler with ``set_alpha_to_one`` off (that of
+        Stable Diffusion 1) ends at the first step's alpha-bar instead.
+        """
         return given_schedule(self.pipeline.scheduler.alphas_cumprod)
 
     @property
@@ -50,8 +55,17 @@ class StableDiffusion:
         return OBJECTIVES[self.pipeline.scheduler.config.prediction_type]
 
     def network(self, x_t: Tensor, t: Tensor, condition: Any, self_condition: Tensor | None = None) -> Tensor:
-        """The UNet. x_t: (B, C, h, w) latents; condition: (B, tokens, dim) prompt embeddings. Returns (B, C, h, w)."""
-        return self.pipeline.unet(x_t, t, encoder_hidden_states=condition, return_dict=False)[0]
+        """The UNet. x_t: (B, C, h, w) latents; condition: (B, tokens, dim) prompt embeddings. Returns (B, C, h, w).
+
+        Both are taken in the UNet's own type. Raises ValueError for embeddings that are not one an image.
+        """
+        if not isinstance(condition, Tensor) or condition.ndim != 3 or len(condition) != len(x_t):
+            got = tuple(condition.shape) if isinstance(condition, Tensor) else type(condition).__name__
+            raise ValueError(
+                f"Stable Diffusion needs the embedding of one prompt an image ({len(x_t)}), got {got}: see encode_prompts"
+            )
+        dtype = self.pipeline.unet.dtype
+        return self.pipeline.unet(x_t.to(dtype), t, encoder_hidden_states=condition.to(dtype), return_dict=False)[0]
 
     def denoiser(
         self,
@@ -69,16 +83,21 @@ class StableDiffusion:
         return Denoiser(guided, self.schedule, self.objective, clip=None)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+    def encode_prompts(self, prompts: str | Sequence[str]) -> Tensor:
         """(B, tokens, dim) embeddings by the pipeline's own tokenizer and text encoder: the condition of its network."""
-        return self.pipeline.encode_prompt(list(prompts), self.pipeline.unet.device, 1, False)[0]
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.pipeline.encode_prompt(prompts, self.pipeline.unet.device, 1, False)[0]
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, C, h, w) latents of (B, 3, H, W) images in [-1, 1], scaled by the autoencoder's own factor (0.18215 in SD 1).
 
         The mean of the autoencoder's posterior, or with ``noise`` ((B, C, h, w) standard normal) a draw of it.
+        Raises ValueError for images that are not floats, or do not have 3 channels.
         """
+        check_images(images, "images")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"the autoencoder takes images (B, 3, H, W), got {tuple(images.shape)}")
         posterior = self.pipeline.vae.encode(images.to(self.pipeline.vae.dtype), return_dict=False)[0]
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         return (latents - self._shift) * self.pipeline.vae.config.scaling_factor

@@ -5,6 +5,7 @@ All of it is addressed: it depends on (seed, training step, position in the glob
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,9 +33,16 @@ class LossHistory:
         return cls(torch.zeros(num_steps, length, dtype=torch.float64), torch.zeros(num_steps, dtype=torch.int64))
 
     def updated(self, t: Tensor, losses: Tensor) -> LossHistory:
-        """With the losses (B,) of the steps t (B,) taken in, in the order given: use the whole global batch, in its order."""
+        """With the losses (B,) of the steps t (B,) taken in, in the order given: use the whole global batch, in its order.
+
+        Raises ValueError for a loss that is not finite, or a step outside the schedule.
+        """
         table, seen = self.losses.clone(), self.seen.clone()
         for step, loss in zip(t.tolist(), losses.detach().double().tolist(), strict=True):
+            if not math.isfinite(loss) or not 0 <= step < len(seen):
+                raise ValueError(
+                    f"a loss history takes finite losses of steps 0 to {len(seen) - 1}, got {loss} at {step}"
+                )
             table[step, seen[step] % table.shape[1]] = loss
             seen[step] += 1
         return LossHistory(table, seen)
@@ -141,6 +149,10 @@ def sample_timesteps(
         raise ValueError(f"unknown timestep sampling {sampling!r}: choose one of {', '.join(SAMPLINGS)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if positions.device.type == "cpu" and bool(((positions < 0) | (positions >= batch_size)).any()):
+        raise ValueError(
+            f"positions in a batch of {batch_size} lie in 0 to {batch_size - 1}, got {positions.tolist()[:8]}"
+        )
     total = schedule.num_steps
     importance = torch.ones(positions.shape, dtype=torch.float32, device=positions.device)
     if sampling == "stratified":

@@ -31,11 +31,14 @@ def readme_picture(evaluation: Path) -> Image.Image:
 
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
-    readme_picture(Path("artifacts/evaluation")).save(IMAGES / "digits.png", optimize=True)
     with tempfile.TemporaryDirectory() as folder:
         run_guide(Path(folder))
         for path in Path(folder).glob("*.png"):
             shutil.copy(path, IMAGES / path.name)
+    evaluation = Path("artifacts/evaluation")
+    if not evaluation.exists():
+        raise SystemExit("the guide's pictures are made; the README's needs the default run first: uv run dvc repro")
+    readme_picture(evaluation).save(IMAGES / "digits.png", optimize=True)
 
 
 if __name__ == "__main__":

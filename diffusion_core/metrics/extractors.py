@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -68,7 +69,7 @@ def save_classifier(classifier: ImageClassifier, path: Path) -> None:
 
 def load_classifier(path: Path) -> ImageClassifier:
     """The classifier that `save_classifier` wrote, in evaluation mode. Raises ValueError where the file is not one."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
@@ -93,13 +94,22 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
+        return self._outputs(images)[0].float()
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, classes) float32 of what the features are made for: what the Inception score needs."""
+        return self._outputs(images)[1].float()
+
+    def _outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(features, logits)."""
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
                 f"features are taken of uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}"
             )
         if self.name == INCEPTION and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        return self.network(images)[0].float()
+        return self.network(images)
 
     def to(self, device: torch.device) -> FeatureExtractor:
         self.network.to(device)
@@ -140,14 +150,16 @@ def import_inception_weights(weights_path: Path | None, sha256: str | None) -> d
 
 
 def build_inception(weights: Mapping[str, Tensor]) -> nn.Module:
-    """torch-fidelity's Inception with the 2048-dimensional pool features, holding these weights."""
+    """torch-fidelity's Inception, holding these weights: the 2048-dimensional pool features, and the logits."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     with tempfile.TemporaryDirectory() as folder:  # its constructor takes weights only as a file of torch.save
         path = Path(folder) / "weights.pth"
         torch.save(dict(weights), path)
         try:
-            return FeatureExtractorInceptionV3(INCEPTION, ["2048"], feature_extractor_weights_path=str(path))
+            return FeatureExtractorInceptionV3(
+                INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+            )
         except RuntimeError as error:
             raise ValueError(f"these are not the weights of {INCEPTION}: {str(error).splitlines()[0]}") from None
 
@@ -169,25 +181,29 @@ def load_extractor(folder: Path) -> FeatureExtractor:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; run the reference stage again") from None
-    if digest != description["digest"]:
+    if digest != description.get("digest"):
         raise ValueError(
-            f"{path} has SHA-256 {digest}, but extractor.json says {description['digest']}: run the reference stage again"
+            f"{path} has SHA-256 {digest}, but extractor.json says {description.get('digest')}: run the reference stage again"
         )
-    weights = load_file(path)
     network: nn.Module
-    if description["name"] == INCEPTION:
-        network = build_inception(weights)
-    else:
-        network = ImageClassifier(**description["config"])
-        network.load_state_dict(weights)
+    try:
+        weights = load_file(path)
+        if description["name"] == INCEPTION:
+            network = build_inception(weights)
+        else:
+            network = ImageClassifier(**description["config"])
+            network.load_state_dict(weights)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} does not hold a feature extractor: {error}; run the reference stage again"
+        ) from None
     return FeatureExtractor(description["name"], digest, network)
 
 
 def register_with_torch_fidelity(extractor: FeatureExtractor) -> str:
     """Make ``extractor`` known to torch-fidelity; returns the name to pass as ``feature_extractor=`` to its functions.
 
-    It offers the layers "features" (for FID, KID, precision and recall) and, where the network classifies, "logits" (for
-    the Inception score). The name carries the digest of the weights, because torch-fidelity keys its cached statistics by
+    It offers the layers "features" (for FID, KID, precision and recall) and "logits" (for the Inception score). The name carries the digest of the weights, because torch-fidelity keys its cached statistics by
     name: other weights under the same name would be given stale ones. Registering again is no error.
     """
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -196,7 +212,7 @@ def register_with_torch_fidelity(extractor: FeatureExtractor) -> str:
     name = f"{extractor.name}-{extractor.digest[:16]}"
     if name in FEATURE_EXTRACTORS_REGISTRY:
         return name
-    layers = ("features",) if extractor.name == INCEPTION else ("features", "logits")
+    layers = ("features", "logits")
 
     class Registered(FeatureExtractorBase):
         def __init__(self, name: str, features_list: list[str], **options: Any) -> None:
@@ -204,9 +220,7 @@ def register_with_torch_fidelity(extractor: FeatureExtractor) -> str:
             self.network = extractor.network
 
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-            if extractor.name == INCEPTION and images.shape[1] == 1:
-                images = images.expand(-1, 3, -1, -1)
-            outputs = dict(zip(layers, self.network(images)))
+            outputs = dict(zip(layers, extractor._outputs(images)))
             return tuple(outputs[layer].float() for layer in self.features_list)
 
         @staticmethod
@@ -215,11 +229,7 @@ def register_with_torch_fidelity(extractor: FeatureExtractor) -> str:
 
         @staticmethod
         def get_default_feature_layer_for_metric(metric: str) -> str:
-            if metric != "isc":
-                return "features"
-            if "logits" not in layers:
-                raise ValueError(f"extractor {name} has no logits, which the Inception score needs")
-            return "logits"
+            return "logits" if metric == "isc" else "features"
 
         @staticmethod
         def can_be_compiled() -> bool:

@@ -52,9 +52,11 @@ def kernel_distance(
 def squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
     """The unbiased squared MMD with the kernel (x.y / D + 1)^3 (Gretton et al., JMLR 2012, eq. 3; arXiv 1801.01401, eq. 4).
 
-    first: (N, D), second: (M, D) float64, at least two rows each.
+    first: (N, D), second: (M, D) float64, at least two rows each. Raises ValueError for fewer.
     """
     n, m = len(first), len(second)
+    if min(n, m) < 2:
+        raise ValueError(f"the unbiased distance needs at least two samples of each set, got {n} and {m}")
     within_first, within_second = _kernel(first, first), _kernel(second, second)
     return float(
         (within_first.sum() - np.trace(within_first)) / (n * (n - 1))

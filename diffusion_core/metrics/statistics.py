@@ -10,11 +10,25 @@ import numpy as np
 
 @dataclass(frozen=True)
 class GaussianStatistics:
-    """Count, mean (D,) and scatter (D, D), the sum of outer products of deviations from the mean; float64."""
+    """Count, mean (D,) and scatter (D, D), the sum of outer products of deviations from the mean; float64.
+
+    Raises ValueError for shapes that do not fit.
+    """
 
     n: int
     mean: np.ndarray
     scatter: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.n < 0 or self.mean.ndim != 1 or self.scatter.shape != (len(self.mean), len(self.mean)):
+            raise ValueError(
+                f"statistics are a count, a mean (D,) and a scatter (D, D), got {self.n}, {self.mean.shape} and {self.scatter.shape}"
+            )
+
+    @classmethod
+    def empty(cls, num_features: int) -> GaussianStatistics:
+        """Statistics of no samples: merged with others, they change nothing."""
+        return cls(0, np.zeros(num_features), np.zeros((num_features, num_features)))
 
     @classmethod
     def from_features(cls, features: np.ndarray) -> GaussianStatistics:
@@ -25,12 +39,14 @@ class GaussianStatistics:
         return cls(len(features), mean, deviations.T @ deviations)
 
     def merge(self, other: GaussianStatistics) -> GaussianStatistics:
-        """Statistics of both sets together (Chan, Golub and LeVeque, 1979, eq. 2.1, for vectors)."""
+        """Statistics of both sets together (Chan, Golub and LeVeque, 1979, eq. 2.1, for vectors); the same bits either way round."""
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"cannot merge statistics of {self.mean.shape[0]} and {other.mean.shape[0]} features")
+        if self.n == 0 or other.n == 0:
+            return other if self.n == 0 else self
         n = self.n + other.n
         delta = other.mean - self.mean
-        mean = self.mean + delta * (other.n / n)
+        mean = self.mean * (self.n / n) + other.mean * (other.n / n)
         scatter = self.scatter + other.scatter + np.outer(delta, delta) * (self.n * other.n / n)
         return GaussianStatistics(n, mean, scatter)
 
@@ -48,9 +64,9 @@ class GaussianStatistics:
 
 
 def merge_statistics(parts: Iterable[GaussianStatistics]) -> GaussianStatistics:
-    """All parts as one, merged in the order given: the same order gives the same bits, any other the same to rounding."""
+    """All parts as one: the same bits in whatever order they come, because they are merged in an order of their own."""
     merged: GaussianStatistics | None = None
-    for part in parts:
+    for part in sorted(parts, key=lambda part: (part.n, part.mean.tolist(), float(np.trace(part.scatter)))):
         merged = part if merged is None else merged.merge(part)
     if merged is None:
         raise ValueError("no statistics to merge")

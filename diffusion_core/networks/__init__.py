@@ -23,8 +23,8 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
     name = options.pop("name", None)
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}: choose one of {', '.join(NETWORKS)}")
-    condition = ConditionSpec(**options.pop("condition", {"kind": "none"}))
     try:
+        condition = ConditionSpec(**options.pop("condition", {"kind": "none"}))
         return NETWORKS[name](condition=condition, **options)
     except TypeError as error:
         raise ValueError(f"network {name!r} does not take these options: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ class ConditionSpec:
         if self.kind not in KINDS:
             raise ValueError(f"unknown condition kind {self.kind!r}: choose one of {', '.join(KINDS)}")
         object.__setattr__(self, "sizes", tuple(self.sizes))
+        for name, value in (("size", self.size), ("length", self.length), *(("sizes", size) for size in self.sizes)):
+            if not isinstance(value, Integral):
+                raise ValueError(f"{name} of a condition is a whole number, got {value!r}")
         if self.kind == "classes":
             if not self.sizes or min(self.sizes) < 1 or self.size not in (0, len(self.sizes)):
                 raise ValueError(
@@ -85,13 +89,27 @@ class ConditionSpec:
         return torch.full((batch, *self.shape), fill, device=device)
 
     def drop(self, condition: Tensor, dropped: Tensor) -> Tensor:
-        """``condition`` with the null wherever ``dropped`` ((B,) bool) says so (arXiv 2207.12598, algorithm 1)."""
+        """``condition`` with the null wherever ``dropped`` ((B,) bool) says so (arXiv 2207.12598, algorithm 1).
+
+        Raises ValueError for a condition of another shape or type, or a mask that is not one flag each.
+        """
+        self.check_shape(condition)
+        if dropped.shape != condition.shape[:1] or dropped.dtype != torch.bool:
+            raise ValueError(
+                f"dropped is one flag for each of {condition.shape[0]} conditions, got {dropped.dtype} {tuple(dropped.shape)}"
+            )
         mask = dropped.view(-1, *([1] * (condition.ndim - 1)))
         return torch.where(mask, self.null(condition.shape[0], condition.device).to(condition.dtype), condition)
 
     def check_shape(self, condition: Tensor) -> None:
         """Raise ValueError unless ``condition`` has the shape and type of a batch of this kind; reads no value."""
+        if not isinstance(condition, Tensor):
+            raise ValueError(f"a condition is a tensor, one row an image, got {type(condition).__name__}")
         if self.kind == "none":
+            if condition.ndim != 2 or condition.shape[1] != 0:
+                raise ValueError(
+                    f"this network takes no condition: pass None, not a tensor of shape {tuple(condition.shape)}"
+                )
             return
         if tuple(condition.shape[1:]) != self.shape or condition.ndim < 1:
             raise ValueError(
@@ -105,7 +123,7 @@ class ConditionSpec:
             )
 
     def check(self, condition: Tensor) -> None:
-        """Raise ValueError unless ``condition`` is a batch of this kind. Reads the values: not for a training loop."""
+        """Raise ValueError unless ``condition`` is a batch of this kind, its values too: a GPU waits for them."""
         self.check_shape(condition)
         if self.kind in ("class", "classes"):
             sizes = self.sizes or (self.size,)
@@ -150,9 +168,9 @@ class ConditionEmbedding(nn.Module):
     def forward(self, condition: Tensor | None, batch: int, device: torch.device) -> Tensor:
         condition = _given_or_null(self.spec, condition, batch, device)
         if self.spec.kind == "class":
-            return self.table(condition)
+            return self.table(condition.long())
         if self.spec.kind == "classes":
-            return torch.stack([table(ids) for table, ids in zip(self.tables, condition.unbind(1))]).sum(dim=0)
+            return torch.stack([table(ids) for table, ids in zip(self.tables, condition.long().unbind(1))]).sum(dim=0)
         is_null = torch.isnan(condition[:, :1]) if self.spec.kind == "vector" else condition[:, :1] < 0
         filled = torch.where(is_null, torch.zeros_like(condition), condition).to(self.null_embedding.dtype)
         embedding = self.project(filled)
@@ -185,7 +203,10 @@ class TokenSequence(nn.Module):
 def _given_or_null(spec: ConditionSpec, condition: Tensor | None, batch: int, device: torch.device) -> Tensor:
     if condition is None:
         return spec.null(batch, device)
-    spec.check_shape(condition)
+    if torch.compiler.is_compiling() or (isinstance(condition, Tensor) and condition.device.type != "cpu"):
+        spec.check_shape(condition)
+    else:  # where reading the values costs nothing
+        spec.check(condition)
     if condition.shape[0] != batch:
         raise ValueError(f"{condition.shape[0]} conditions were given for {batch} images: give one each")
     return condition

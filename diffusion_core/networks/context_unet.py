@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from diffusion_core.networks.blocks import group_norm
 from diffusion_core.networks.conditioning import ConditionEmbedding, ConditionSpec
 from diffusion_core.networks.embeddings import sinusoidal_embedding
-from diffusion_core.networks.unet import join_self_condition
+from diffusion_core.networks.unet import check_inputs, join_self_condition
 
 
 class ContextUNet(nn.Module):
@@ -39,12 +41,18 @@ class ContextUNet(nn.Module):
         self_conditioning: bool = False,
     ) -> None:
         super().__init__()
-        if image_size < 2 or image_size % 2:
+        for name, value in (("image_channels", image_channels), ("channels", channels), ("groups", groups)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if channels % 2:
+            raise ValueError(f"context_unet needs an even number of channels, got {channels}")
+        if not isinstance(image_size, Integral) or image_size < 2 or image_size % 2:
             raise ValueError(
                 f"context_unet needs an even image_size of at least 2, got {image_size}: change prepare.image_size"
             )
         self.condition = condition
         self.channels = channels
+        self.image_size, self.image_channels = image_size, image_channels
         self.self_conditioning = self_conditioning
         self.bottom_size = (image_size // 2 + 1) // 2
         in_channels = (2 if self_conditioning else 1) * image_channels
@@ -76,6 +84,11 @@ class ContextUNet(nn.Module):
 
         Returns (B, C, H, W). Raises ValueError as `UNet.forward` does.
         """
+        check_inputs(x_t, t, self.image_channels, self.up1.up.weight)
+        if x_t.shape[2:] != (self.image_size, self.image_size):
+            raise ValueError(f"this network takes images of size {self.image_size}, got {tuple(x_t.shape[2:])}")
+        if self.condition.kind == "none" and condition is not None:
+            self.condition.check_shape(condition)
         time = sinusoidal_embedding(t, self.channels).to(self.up1.up.weight.dtype)
         time1, time2 = self.time1(time)[:, :, None, None], self.time2(time)[:, :, None, None]
         x = self.conv_in(join_self_condition(x_t, self_condition, self.self_conditioning))

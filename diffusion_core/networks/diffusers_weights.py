@@ -89,6 +89,8 @@ def config_from_diffusers(
         if given[name] not in allowed:
             raise ValueError(f"diffusers' {name}={given[name]!r} has no counterpart here: only {_listed(allowed)} has")
     size = given["sample_size"] or image_size
+    if isinstance(size, list | tuple) and len(set(size)) == 1:
+        size = size[0]
     if not isinstance(size, int):
         raise ValueError(f"the images must be square and of a known size, got sample_size={size!r}: pass image_size")
     widths = list(given["block_out_channels"])
@@ -108,8 +110,16 @@ def config_from_diffusers(
         raise ValueError(
             f"attn_norm_num_groups={given['attn_norm_num_groups']} differs from norm_num_groups: no counterpart here"
         )
+    if last_class_is_null and given["num_class_embeds"] is None:
+        raise ValueError("last_class_is_null is about num_class_embeds, which this config does not have: leave it out")
+    if not len(widths) == len(given["down_block_types"]) == len(given["up_block_types"]):
+        raise ValueError(
+            f"block_out_channels, down_block_types and up_block_types name {len(widths)}, {len(given['down_block_types'])} "
+            f"and {len(given['up_block_types'])} levels: they must be as many"
+        )
     attention_sizes, resamplings = [], []
     for level, (down, up) in enumerate(zip(given["down_block_types"], reversed(given["up_block_types"]), strict=True)):
+        down, up = down.removeprefix("UNetRes"), up.removeprefix("UNetRes")  # the prefix of its first releases
         if (down, up) not in _BLOCKS:
             raise ValueError(
                 f"blocks {down} and {up} of level {level} have no counterpart here: "
@@ -176,7 +186,14 @@ def unet_from_diffusers(
         absent = [name for name in theirs if name not in remaining]
         if absent:
             raise ValueError(f"the diffusers weights lack {', '.join(absent)}: they do not belong to this config")
-        state[ours] = torch.cat([remaining.pop(name) for name in theirs])
+        parts = [remaining.pop(name) for name in theirs]
+        if ".attentions." in theirs[0]:  # once written as a 1x1 convolution
+            parts = [part.flatten(1) if part.ndim == 4 and part.shape[2:] == (1, 1) else part for part in parts]
+        if len({part.shape for part in parts}) > 1:
+            raise ValueError(
+                f"the diffusers weights {', '.join(theirs)} have shapes {', '.join(str(list(part.shape)) for part in parts)}: they must be alike"
+            )
+        state[ours] = torch.cat(parts)
     if remaining:
         raise ValueError(
             f"the diffusers weights hold {', '.join(sorted(remaining)[:4])}, which this config has no place for"
@@ -184,12 +201,6 @@ def unet_from_diffusers(
     table = "condition_embedding.table.weight"
     if table in state and not last_class_is_null:
         state[table] = torch.cat([state[table], torch.zeros_like(state[table][:1])])
-    # attention written as a 1x1 convolution has weights of (C, C, 1, 1)
-    shapes = {name: value.shape for name, value in network.state_dict().items()}
-    state = {
-        name: value.reshape(shapes[name]) if value.numel() == shapes[name].numel() else value
-        for name, value in state.items()
-    }
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -199,10 +210,11 @@ def unet_from_diffusers(
     return network
 
 
-def unet_to_diffusers(network: UNet) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def unet_to_diffusers(network: UNet, *, null_class: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, weights) of the ``UNet2DModel`` that computes what ``network`` does.
 
-    A class condition of N classes becomes ``num_class_embeds`` N + 1: the last is the null.
+    A class condition of N classes becomes ``num_class_embeds`` N + 1: the last is the null. Without ``null_class`` it is
+    left out: what was read from a network without one is written as it was.
     Raises ValueError that names what a UNet2DModel cannot carry.
     """
     options = network.config
@@ -244,9 +256,11 @@ def unet_to_diffusers(network: UNet) -> tuple[dict[str, Any], dict[str, Tensor]]
         "norm_eps": options["norm_eps"],
         "resnet_time_scale_shift": "scale_shift" if options["scale_shift"] else "default",
         "add_attention": options["middle_attention"],
-        "num_class_embeds": network.condition.size + 1 if kind == "class" else None,
+        "num_class_embeds": network.condition.size + null_class if kind == "class" else None,
     }
     state = network.state_dict()
+    if kind == "class" and not null_class:
+        state["condition_embedding.table.weight"] = state["condition_embedding.table.weight"][:-1]
     weights: dict[str, Tensor] = {}
     for ours, theirs in _pairs(network):
         for name, part in zip(theirs, state[ours].detach().cpu().chunk(len(theirs)), strict=True):
@@ -261,6 +275,8 @@ def read_diffusers_folder(folder: Path, **options: Any) -> UNet:
     """
     folder = Path(folder)
     config, path = read_json(folder / "config.json"), folder / WEIGHTS_FILE
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} does not hold a network's settings")
     if not path.exists() and path.with_suffix(".bin").exists():
         raise ValueError(
             f"{path.with_suffix('.bin')} is a pickle, which is not opened: save the model with safe_serialization=True"
@@ -272,9 +288,12 @@ def read_diffusers_folder(folder: Path, **options: Any) -> UNet:
     return unet_from_diffusers(config, weights, **options)
 
 
-def write_diffusers_folder(network: UNet, folder: Path) -> None:
-    """Write config.json and diffusion_pytorch_model.safetensors, which ``UNet2DModel.from_pretrained(folder)`` reads."""
-    config, weights = unet_to_diffusers(network)
+def write_diffusers_folder(network: UNet, folder: Path, *, null_class: bool = True) -> None:
+    """Write config.json and diffusion_pytorch_model.safetensors, which ``UNet2DModel.from_pretrained(folder)`` reads.
+
+    ``null_class`` and what is refused: see `unet_to_diffusers`.
+    """
+    config, weights = unet_to_diffusers(network, null_class=null_class)
     with atomic_folder(Path(folder)) as temporary:
         write_json(temporary / "config.json", config)
         save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})

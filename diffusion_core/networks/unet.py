@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -39,7 +40,8 @@ class UNet(nn.Module):
     ``norm_eps``, ``cos_first``, ``frequency_shift``, ``asymmetric_downsampling`` and ``middle_attention_norm`` exist so that
     networks trained elsewhere compute the same here (`diffusers_weights`).
 
-    Raises ValueError where ``image_size`` cannot be halved once for each level after the first, and for unfitting options.
+    Raises ValueError where ``image_size`` cannot be halved once for each level after the first, for options out of range,
+    and for a condition of kind tokens in a network without attention.
     """
 
     def __init__(
@@ -67,6 +69,20 @@ class UNet(nn.Module):
         asymmetric_downsampling: bool = False,
     ) -> None:
         super().__init__()
+        for name, value in (
+            ("image_channels", image_channels),
+            ("channels", channels),
+            ("num_res_blocks", num_res_blocks),
+            ("groups", groups),
+            *(("multipliers", multiplier) for multiplier in multipliers),
+        ):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be whole numbers of at least 1, got {value!r}")
+        if not multipliers or channels % 2:
+            raise ValueError(
+                f"a UNet needs at least one level and an even number of channels, got multipliers {list(multipliers)} "
+                f"and channels {channels}"
+            )
         check_image_size(image_size, len(multipliers))
         if resampling not in RESAMPLINGS:
             raise ValueError(f"unknown resampling {resampling!r}: choose one of {', '.join(RESAMPLINGS)}")
@@ -160,6 +176,11 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(nn.ModuleList([larger(width)]))
                 size *= 2
+        if condition.kind == "tokens" and not any(isinstance(module, CrossAttention) for module in self.modules()):
+            raise ValueError(
+                "a condition of kind tokens is read by attention, and this network has none: name a size in "
+                f"attention_sizes {list(attention_sizes)} that its levels have, or turn middle_attention on"
+            )
         self.norm_out = group_norm(width, groups, norm_eps)
         self.conv_out = nn.Conv2d(width, (2 if learned_variance else 1) * image_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -170,9 +191,17 @@ class UNet(nn.Module):
     ) -> Tensor:
         """x_t: (B, C, H, W); t: (B,) int64; condition: as the spec says, None for the null; self_condition: as x_t.
 
-        Returns (B, C, H, W), or (B, 2 C, H, W) with a learned variance. Raises ValueError for a self_condition that the
-        network was not built to take, and for a condition of another shape or type.
+        Returns (B, C, H, W), or (B, 2 C, H, W) with a learned variance. Raises ValueError for tensors of another shape or type,
+        a self_condition that the network was not built to take, and, on a CPU, a condition outside the vocabulary.
         """
+        check_inputs(x_t, t, self.image_channels, self.conv_in.weight)
+        factor = 2 ** (len(self.config["multipliers"]) - 1)
+        if x_t.shape[2] % factor or x_t.shape[3] % factor:
+            raise ValueError(
+                f"this network halves images {factor.bit_length() - 1} times: {tuple(x_t.shape[2:])} must be multiples of {factor}"
+            )
+        if self.condition.kind == "none" and condition is not None:
+            self.condition.check_shape(condition)
         embedding = self.time_mlp(
             sinusoidal_embedding(
                 t,
@@ -218,19 +247,36 @@ def _stages(modules: nn.ModuleList) -> Iterable[nn.ModuleList]:
 def join_self_condition(x_t: Tensor, self_condition: Tensor | None, self_conditioning: bool) -> Tensor:
     """The network's input: x_t, followed by the last estimate of x0 (zeros without one) where the network takes it.
 
-    Raises ValueError for an estimate given to a network that does not take one.
+    Raises ValueError for an estimate given to a network that does not take one, or of another shape.
     """
     if not self_conditioning:
         if self_condition is not None:
             raise ValueError("this network takes no self_condition: build it with self_conditioning=True, or pass None")
         return x_t
+    if self_condition is not None and self_condition.shape != x_t.shape:
+        raise ValueError(
+            f"self_condition has shape {tuple(self_condition.shape)}, x_t {tuple(x_t.shape)}: they must agree"
+        )
     return torch.cat([x_t, torch.zeros_like(x_t) if self_condition is None else self_condition], dim=1)
+
+
+def check_inputs(x_t: Tensor, t: Tensor, image_channels: int, weight: Tensor) -> None:
+    """Raise ValueError unless x_t is (B, image_channels, H, W) in the type of ``weight``, and t one step, or one an image."""
+    if x_t.ndim != 4 or x_t.shape[1] != image_channels:
+        raise ValueError(f"this network takes images (B, {image_channels}, H, W), got {tuple(x_t.shape)}")
+    if x_t.dtype != weight.dtype and not torch.is_autocast_enabled(x_t.device.type):
+        raise ValueError(
+            f"the network's weights are {weight.dtype}, but x_t is {x_t.dtype}: convert one of them with .to(...)"
+        )
+    if not isinstance(t, Tensor) or t.shape not in ((), (x_t.shape[0],)):
+        got = tuple(t.shape) if isinstance(t, Tensor) else repr(t)
+        raise ValueError(f"t is a tensor of one step for each of {x_t.shape[0]} images, got {got}")
 
 
 def check_image_size(image_size: int, num_levels: int) -> None:
     """Raise ValueError unless the image can be halved ``num_levels - 1`` times."""
     factor = 2 ** (num_levels - 1)
-    if image_size < factor or image_size % factor:
+    if not isinstance(image_size, Integral) or image_size < factor or image_size % factor:
         raise ValueError(
             f"a UNet with {num_levels} levels halves the image {num_levels - 1} times, so image_size must be a multiple of "
             f"{factor}, got {image_size}: change prepare.image_size or train.network.multipliers"

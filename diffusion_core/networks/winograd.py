@@ -37,13 +37,13 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if (
-            min(self.in_channels, self.out_channels) < MIN_CHANNELS
+            torch.compiler.is_compiling()
+            or min(self.in_channels, self.out_channels) < MIN_CHANNELS
             or x.device.type != "cpu"
             or torch.backends.cpu.get_cpu_capability() == "AVX512"
             or x.dtype != torch.float32
             or self.weight.dtype != torch.float32
             or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling()
             or x.shape[-1] % _TILE
             or x.shape[-2] % _TILE
             or x.numel() < MIN_PIXELS * self.in_channels

@@ -93,7 +93,7 @@ def run_search(params: Params, work: TrialWork, state_dir: Path, run: Run) -> li
         chosen = {name: config[name] for name in SEARCHED}
         rows.append(
             {
-                "trial": result.metrics["trial_id"],
+                "trial": trial_name(config),
                 **chosen,
                 "step": result.metrics["step"],
                 "fid": result.metrics["fid"],
@@ -104,7 +104,12 @@ def run_search(params: Params, work: TrialWork, state_dir: Path, run: Run) -> li
         raise ValueError(
             f"no trial of the search gave a usable model ({first[-300:]}): narrow tune.space, its learning_rate above all"
         )
-    return sorted(rows, key=lambda row: row["trial"])
+    return sorted(rows, key=lambda row: (-row["step"], row["fid"], row["trial"]))
+
+
+def trial_name(config: dict[str, Any]) -> str:
+    """What a trial is called in trials.csv and in MLflow: made from its settings, so the same in every run of the search."""
+    return f"trial-{hashlib.sha256(trial_key(config).encode()).hexdigest()[:8]}"
 
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def trial_logger(params: Params, run: Run) -> Any:
                 self.run = Run(connect(self.tracking), experiment_id, run_id, tags)
             if trial.trial_id not in self.children:
                 alike = [other.trial_id for other in trials if other.config == trial.config]
-                name = f"trial-{hashlib.sha256(trial_key(trial.config).encode()).hexdigest()[:8]}"
+                name = trial_name(trial.config)
                 if len(alike) > 1:
                     name += f"-{alike.index(trial.trial_id)}"
                 self.children[trial.trial_id] = self.run.child(name, trial.config)
@@ -155,8 +160,8 @@ def trial_logger(params: Params, run: Run) -> Any:
             text = ", ".join(f"{name} {_short(trial.config[name])}" for name in SEARCHED)
             done = sum(other.status == "TERMINATED" for other in trials)
             log.info(
-                "trial %s (%s): FID %.3f at step %d; %d of %d trials done",
-                trial.trial_id,
+                "%s (%s): FID %.3f at step %d; %d of %d trials done",
+                trial_name(trial.config),
                 text,
                 result["fid"],
                 result["step"],

@@ -1,6 +1,6 @@
 """Agreement with independent implementations: diffusers' schedulers and denoising-diffusion-pytorch, to 1e-5.
 
-Every case returns (ours, theirs) on the same inputs. Run as a program it prints the table of largest differences:
+Every case returns (ours, theirs) on the same inputs; of a sampler, the image after every step. Run as a program it prints the table of largest differences:
 ``uv run --group bench python -m tests.diffusion_core.test_agreement``
 """
 
@@ -68,13 +68,22 @@ def scheduler_of(name, schedule="linear", objective="eps", **options):
 
 
 def run_scheduler(scheduler, num_steps, x, network=network, **options):
-    """diffusers' loop: set_timesteps, then one step each. ``options`` may hold a function of no arguments for noise."""
+    """diffusers' loop: set_timesteps, then one step each; the image after each. An option may be a function for noise."""
     scheduler.set_timesteps(num_steps)
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+    images = []
     for t in scheduler.timesteps:
         output = network(x, torch.full((x.shape[0],), int(t)))
         x = scheduler.step(output, t, x, **{k: v() if callable(v) else v for k, v in options.items()}).prev_sample
-    return x
+        images.append(x)
+    return torch.stack(images)
+
+
+def trajectory(sampler, *arguments, **options):
+    """The image after each step of one of our samplers."""
+    images = []
+    sampler(*arguments, callback=lambda step: images.append(step.x), **options)
+    return torch.stack(images)
 
 
 def ddim(spacing, clip, rederive, eta, objective, schedule, num_steps=50, percentile=None):
@@ -105,8 +114,8 @@ def ddim(spacing, clip, rederive, eta, objective, schedule, num_steps=50, percen
         rederive_eps=rederive,
         dynamic_percentile=percentile,
     )
-    ours = sample_ddim(denoiser, start(), make_grid(spacing, 1000, num_steps), noise_in_order(), eta=eta)
-    return ours, theirs
+    grid = make_grid(spacing, 1000, num_steps)
+    return trajectory(sample_ddim, denoiser, start(), grid, noise_in_order(), eta=eta), theirs
 
 
 def ddpm(spacing, variance, clip, objective, schedule, num_steps=50):
@@ -127,8 +136,8 @@ def ddpm(spacing, variance, clip, objective, schedule, num_steps=50):
         clip=1.0 if clip else None,
         learned_variance=variance == "learned",
     )
-    ours = sample_ddpm(denoiser, start(), make_grid(spacing, 1000, num_steps), noise_in_order(), variance=variance)
-    return ours, theirs
+    grid = make_grid(spacing, 1000, num_steps)
+    return trajectory(sample_ddpm, denoiser, start(), grid, noise_in_order(), variance=variance), theirs
 
 
 def dpmpp(spacing, kind, objective, schedule, num_steps=20, percentile=None):
@@ -156,7 +165,7 @@ def dpmpp(spacing, kind, objective, schedule, num_steps=20, percentile=None):
         dynamic_percentile=percentile,
     )
     sampler = sample_dpmpp_2m_sde if "sde" in kind else sample_dpmpp_2m
-    return sampler(denoiser, start(), grid, noise_in_order()), theirs
+    return trajectory(sampler, denoiser, start(), grid, noise_in_order()), theirs
 
 
 def ddim_inverse(spacing, clip, objective, schedule, num_steps=50):
@@ -168,7 +177,7 @@ def ddim_inverse(spacing, clip, objective, schedule, num_steps=50):
     denoiser = Denoiser(
         network, given_schedule(scheduler.alphas_cumprod), objective, clip=1.0 if clip else None, rederive_eps=False
     )
-    return invert_ddim(denoiser, x0, make_grid(spacing, 1000, num_steps)), theirs
+    return trajectory(invert_ddim, denoiser, x0, make_grid(spacing, 1000, num_steps)), theirs
 
 
 class PeerNetwork(torch.nn.Module):
@@ -270,13 +279,27 @@ def ddp_ddim(num_steps, eta, objective):
     model = ddp_model(objective, "cosine", sampling_timesteps=num_steps, ddim_sampling_eta=eta)
     torch.manual_seed(5)
     with contextlib.redirect_stderr(io.StringIO()):
-        theirs = model.ddim_sample(SHAPE)
+        theirs = model.ddim_sample(SHAPE, return_all_timesteps=True)
     torch.manual_seed(5)
     levels = torch.linspace(-1, 999, steps=num_steps + 1).int().tolist()
     grid = grid_from_steps(levels[1:], 1000)
     denoiser = Denoiser(network, make_schedule("cosine"), objective)
     x_T = torch.randn(SHAPE)
-    return sample_ddim(denoiser, x_T, grid, lambda t: torch.randn(SHAPE), eta=eta if eta else 1e-30), theirs
+    ours = trajectory(sample_ddim, denoiser, x_T, grid, lambda t: torch.randn(SHAPE), eta=eta if eta else 1e-30)
+    return ours, theirs[:, 1:].transpose(0, 1)
+
+
+def ddp_ddpm(objective, schedule):
+    """Ancestral sampling over every step, clipped, as it always is there."""
+    model = ddp_model(objective, schedule)
+    torch.manual_seed(5)
+    with contextlib.redirect_stderr(io.StringIO()):
+        theirs = model.p_sample_loop(SHAPE, return_all_timesteps=True)
+    torch.manual_seed(5)
+    denoiser = Denoiser(network, make_schedule(schedule), objective)
+    x_T = torch.randn(SHAPE)
+    ours = trajectory(sample_ddpm, denoiser, x_T, make_grid("uniform", 1000, 1000), lambda t: torch.randn(SHAPE))
+    return ours, theirs[:, 1:].transpose(0, 1)
 
 
 CASES = {
@@ -294,9 +317,12 @@ CASES = {
             (False, False, 1.0, "v", "scaled_linear"),
         )
     },
-    "diffusers DDIM, linspace, every step": functools.partial(
-        ddim, "linspace", True, True, 0.0, "v", "cosine", num_steps=1000
-    ),
+    **{
+        f"diffusers DDIM, linspace, every step, clip {'on' if clip else 'off'}, {objective}, {schedule}": functools.partial(
+            ddim, "linspace", clip, clip, 0.0, objective, schedule, num_steps=1000
+        )
+        for clip, objective, schedule in ((True, "v", "cosine"), (False, "v", "linear"))
+    },
     "diffusers DDIM, dynamic thresholding 0.9": functools.partial(
         ddim, "trailing", True, True, 0.0, "v", "linear", percentile=0.9
     ),
@@ -309,8 +335,14 @@ CASES = {
             ("leading", "fixed_large", True, "v", "linear"),
             ("leading", "fixed_large", False, "v", "scaled_linear"),
             ("leading", "learned", True, "eps", "cosine"),
+            ("leading", "fixed_small", False, "eps", "scaled_linear"),
+            ("leading", "learned", False, "v", "linear"),
             ("trailing", "fixed_small", True, "x0", "cosine"),
+            ("trailing", "fixed_small", False, "v", "linear"),
+            ("trailing", "learned", True, "eps", "cosine"),
             ("linspace", "fixed_small", False, "v", "linear"),
+            ("linspace", "fixed_small", True, "eps", "linear"),
+            ("linspace", "learned", True, "v", "cosine"),
         )
     },
     **{
@@ -338,6 +370,7 @@ CASES = {
             ("leading", False, "v", "scaled_linear"),
             ("leading", True, "v", "cosine"),
             ("trailing", False, "v", "linear"),
+            ("trailing", True, "eps", "scaled_linear"),
         )
     },
     **{
@@ -357,6 +390,12 @@ CASES = {
             ddp_ddim, num_steps, eta, objective
         )
         for num_steps, eta, objective in ((50, 0.0, "v"), (37, 1.0, "v"), (333, 0.5, "x0"))
+    },
+    **{
+        f"denoising-diffusion-pytorch DDPM, every step, {objective}, {schedule}": functools.partial(
+            ddp_ddpm, objective, schedule
+        )
+        for objective, schedule in (("v", "cosine"), ("x0", "sigmoid"), ("v", "linear"))
     },
 }
 
@@ -408,7 +447,7 @@ def test_where_the_stride_does_not_fit_diffusers_leaves_the_exact_flow_and_ours_
     ours = sample_ddim(denoiser, x_T, grid)
     theirs = run_scheduler(
         scheduler_of("DDIMScheduler", timestep_spacing=spacing, clip_sample=False), num_steps, x_T, denoiser.network
-    )
+    )[-1]
     our_error, their_error = float((ours - exact).abs().max()), float((theirs - exact).abs().max())
     if spacing == "leading":  # here every stride fits: both are right
         assert their_error == pytest.approx(our_error, rel=1e-3)
@@ -469,8 +508,9 @@ def table() -> str:
             f"With {versions}. Made by `uv run --group bench python -m tests.diffusion_core.test_agreement`; the same cases are",
             "tests, with a bound of 1e-5.",
             "",
-            "The difference is |ours - theirs| / (1 + |theirs|), the largest over a whole run: float32 images, a network that is",
-            "not linear, the same noise. DDIM inverse is compared in float64, since 50 clipped steps outwards multiply rounding.",
+            "The difference is |ours - theirs| / (1 + |theirs|), the largest over the images of all steps: float32, a network that is",
+            "not linear, the same noise. diffusers has no DDIM inverse over `linspace`. The weightings that a peer has are SNR and",
+            "min-SNR (all the others are tested against their formulas). DDIM inverse is compared in float64, since 50 clipped steps outwards multiply rounding.",
             "",
             "| case | largest difference |",
             "|---|---|",

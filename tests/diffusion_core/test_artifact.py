@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_core.artifact import SCHEMA_VERSION, DiffusionModel
 from diffusion_core.networks import build_network
-from diffusion_core.schedules import make_schedule
+from diffusion_core.schedules import NoiseSchedule, make_schedule
 
 FIXTURE = Path(__file__).parent / "fixtures" / "model_schema_1"
 NAN = float("nan")
@@ -193,6 +193,10 @@ def test_conditions_written_by_a_person_become_what_the_network_takes(kind, writ
         ("class", 3, "indices 0 to 2"),
         ("classes", {"eyes": "blue"}, "unknown attribute 'eyes'"),
         ("classes", {"hair": "blue"}, "unknown label 'blue'"),
+        ("classes", "m", "one class for each of sex, hair"),
+        ("classes", ["m"], "one class for each of sex, hair"),
+        ("class", float("inf"), "unknown label inf"),
+        ("vector", "ab", "not a table of numbers"),
         ("multi_hot", {"hat": 2.0}, "0 to 1"),
         ("vector", [1.0], "2 numbers"),
         ("tokens", [[1.0, 2.0]] * 4, "1 to 3 rows of 2"),
@@ -222,3 +226,47 @@ def test_failed_save_leaves_the_former_model(tmp_path, monkeypatch):
     DiffusionModel.load(tmp_path / "model")
     assert hashlib.sha256((tmp_path / "model" / "model.safetensors").read_bytes()).hexdigest() == digest
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("attributes", {"a": 3}, "attributes.a"),
+        ("class_names", [1, 2, 3], "class_names"),
+        ("class_names", [["cat"], "dog", "owl"], "class_names"),
+        ("schedule", {"name": "cosine", "num_steps": 10.5}, "num_steps"),
+        ("schedule", {"num_steps": 10}, "name"),
+        ("network", {"name": "unet", "channels": -8, "image_size": 4, "image_channels": 1}, "channels"),
+        ("network", {"name": "unet", "condition": {"sort": "class"}}, "sort"),
+    ],
+)
+def test_wrong_value_in_the_description_is_refused_by_name(key, value, named, tmp_path):
+    make_model().save(tmp_path / "model")
+    path = tmp_path / "model" / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError, match=rf"model\.json.*{named}"):
+        DiffusionModel.load(tmp_path / "model")
+
+
+def test_weights_of_another_kind_of_number_are_refused(tmp_path):
+    make_model().save(tmp_path / "model")
+    change_weights(tmp_path / "model", lambda weights: {**weights, "conv_in.bias": weights["conv_in.bias"].long()})
+    with pytest.raises(ValueError, match=r"conv_in\.bias is torch\.int64"):
+        DiffusionModel.load(tmp_path / "model")
+
+
+def test_schedule_given_as_an_array_is_saved_with_the_model(tmp_path):
+    array = make_schedule("sigmoid", num_steps=7).alphas_cumprod
+    make_model(schedule=NoiseSchedule(array)).save(tmp_path / "model")
+    assert torch.equal(DiffusionModel.load(tmp_path / "model").schedule.alphas_cumprod, array)
+
+
+def test_vocabulary_of_another_condition_is_refused():
+    with pytest.raises(ValueError, match="class_names name the classes"):
+        make_model("vector", class_names=("cat", "dog"))
+
+
+def test_provenance_that_json_cannot_carry_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="provenance"):
+        make_model(provenance={"data": tmp_path}).save(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

@@ -78,6 +78,9 @@ def test_image_at_another_level_than_the_network_is_told_is_read_at_its_own(obje
     x0, eps = denoiser(x, 40, level=20)
     a = SCHEDULE.alpha_bar(20)
     torch.testing.assert_close(a**0.5 * x0 + (1 - a) ** 0.5 * eps, x, atol=1e-9, rtol=0)
+    if objective != "v":  # the noise is that of the step which the network was told of
+        told = denoiser(x, 40)
+        torch.testing.assert_close(eps, told.eps, atol=1e-9, rtol=0)
     clean = denoiser(x, 1, level=-1)
     assert clean.x0 is x and bool(torch.isfinite(clean.eps).all())
 
@@ -97,6 +100,23 @@ def test_network_gets_what_its_signature_takes():
     for network in (full, Module(), lambda x, t, c, **rest: full(x, t, c, **rest)):
         Denoiser(network, SCHEDULE, "eps")(noisy(), 3, "condition", noisy())
         assert calls[-1][0] == "condition" and torch.equal(calls[-1][1], noisy())
+    def three(x, t, condition=None):
+        calls.append((condition, None))
+        return x
+
+    class Plain(torch.nn.Module):
+        def forward(self, x, t):
+            return x
+
+    Denoiser(three, SCHEDULE, "eps")(noisy(), 3, "condition")
+    assert calls[-1][0] == "condition"
+    Denoiser(Plain(), SCHEDULE, "eps")(noisy(), 3)
+    with pytest.raises(ValueError, match="condition was given"):
+        Denoiser(Plain(), SCHEDULE, "eps")(noisy(), 3, "condition")
+    with pytest.raises(ValueError, match="self_condition was given"):
+        Denoiser(three, SCHEDULE, "eps")(noisy(), 3, None, noisy())
+    with pytest.raises(ValueError, match="takes self_condition="):
+        Denoiser(three, SCHEDULE, "eps", self_conditioning=True)
     with pytest.raises(ValueError, match=r"network\(x_t, t\)"):
         Denoiser(lambda x: x, SCHEDULE, "eps")
 

@@ -13,6 +13,8 @@ from diffusion_core.editing import edit, image_to_image, inpaint, interpolate, r
 from diffusion_core.grids import make_grid
 from diffusion_core.guidance import ClassifierFreeGuidance
 from diffusion_core.inversion import invert_ddim
+from diffusion_core.networks.conditioning import ConditionSpec
+from diffusion_core.networks.unet import UNet
 from diffusion_core.noise import NoiseSource
 from diffusion_core.objectives import eps_from_x0
 from diffusion_core.samplers import sample_ddim
@@ -213,6 +215,20 @@ def test_bad_input_is_refused_with_the_remedy():
             image_to_image(denoiser, x0, grid, noise, strength=strength)
     with pytest.raises(ValueError, match="two tensors of one shape"):
         slerp(x0, x0[:2], 0.5)
+    pixels = (x0 * 100).to(torch.uint8)
+    for call in (
+        lambda: image_to_image(denoiser, pixels, grid, noise),
+        lambda: inpaint(denoiser, pixels, torch.ones(4, 2), x0, grid, noise),
+        lambda: slerp(pixels, pixels, 0.5),
+        lambda: slerp(x0[0], x0[1], 0.5),
+        lambda: edit(denoiser, pixels, grid, None, None),
+    ):
+        with pytest.raises(ValueError, match="batch of floats"):
+            call()
+    with pytest.raises(ValueError, match="x_T has shape"):
+        inpaint(denoiser, x0, torch.ones(4, 2), x0[:2], grid, noise)
+    with pytest.raises(ValueError, match="pass noise="):
+        inpaint(denoiser, x0, torch.ones(4, 2), x0, grid, None)
     with pytest.raises(ValueError, match="does not fit images"):
         inpaint(denoiser, x0, torch.ones(3, 2), x0, grid, noise)
     with pytest.raises(ValueError, match="between 0"):
@@ -221,3 +237,38 @@ def test_bad_input_is_refused_with_the_remedy():
         inpaint(denoiser, x0, torch.ones(4, 2), x0, grid, noise, resamples=0)
     with pytest.raises(ValueError, match="level 33 is not on the grid"):
         edit(denoiser, x0, grid, None, None, start=33)
+
+
+SPECS = {
+    "class": (ConditionSpec("class", 5), torch.tensor([1, 4]), torch.tensor([2, 0])),
+    "classes": (ConditionSpec("classes", sizes=(3, 2)), torch.tensor([[1, 0], [2, 1]]), torch.tensor([[0, 0], [1, 1]])),
+    "multi_hot": (ConditionSpec("multi_hot", 4), torch.eye(4)[:2], torch.eye(4)[2:]),
+    "vector": (ConditionSpec("vector", 3), torch.zeros(2, 3), torch.ones(2, 3)),
+    "tokens": (ConditionSpec("tokens", 4, length=3), torch.zeros(2, 3, 4), torch.ones(2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_every_edit_takes_every_kind_of_condition_through_a_real_network(kind):
+    spec, source, wanted = SPECS[kind]
+    torch.manual_seed(0)
+    network = UNet(
+        condition=spec, image_size=8, image_channels=1, channels=8, multipliers=(1, 2), num_res_blocks=1,
+        attention_sizes=(4,), groups=4,
+    ).eval()  # fmt: skip
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    denoiser = Denoiser(ClassifierFreeGuidance(network, spec.null(1), 2.0), SCHEDULE, "v")
+    x0, grid = torch.rand(2, 1, 8, 8) * 2 - 1, make_grid("trailing", 1000, 4)
+    noise = NoiseSource(0).for_samples((1, 8, 8), torch.arange(2))
+
+    def of(condition):
+        return [
+            edit(denoiser, x0, grid, source, condition),
+            image_to_image(denoiser, x0, grid, noise, condition=condition),
+            interpolate(denoiser, x0[:1], x0[1:], [0.5], grid, condition=condition[:1])[0],
+            inpaint(denoiser, x0, torch.tensor([[1.0] * 4 + [0.0] * 4]), noise(1000), grid, noise, condition=condition),
+        ]
+
+    for one, other in zip(of(source), of(wanted), strict=True):
+        assert torch.isfinite(one).all() and float((one - other).abs().max()) > 1e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,8 +57,15 @@ def test_uniform_grid_spreads_over_the_schedule_where_leading_leaves_out_its_top
 
 
 def test_quadratic_grid_is_the_papers():
-    steps = sorted(t for t, _ in make_grid("quadratic", 1000, 10))
-    assert steps == [int((math.sqrt(800) * i / 9) ** 2) for i in range(10)]
+    """As its code makes it, with NumPy; where two of its steps coincide, a grid of distinct ones must differ."""
+    compared = 0
+    for total in (100, 1000, 4000):
+        for count in range(2, total // 4):
+            expected = [int(s) for s in np.linspace(0, np.sqrt(total * 0.8), count) ** 2]
+            if len(set(expected)) == count:
+                assert sorted(t for t, _ in make_grid("quadratic", total, count)) == expected
+                compared += 1
+    assert compared > 40
 
 
 def test_restricted_grid_starts_and_stops_at_the_given_levels():
@@ -86,6 +94,10 @@ def test_bad_grids_are_refused_with_the_remedy():
         grid_from_steps([], 10)
     with pytest.raises(ValueError, match="0 to 9"):
         grid_from_steps([10], 10)
+    with pytest.raises(ValueError, match="whole numbers"):
+        grid_from_steps([1.5, 3], 10)
+    with pytest.raises(ValueError, match="choose 1 to 10"):
+        make_grid("uniform", 10, 5.0)
     with pytest.raises(ValueError, match="must go down"):
         check_grid([(3, 3)], 10)
     with pytest.raises(ValueError, match="the next starts at 4"):

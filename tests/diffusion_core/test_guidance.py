@@ -153,8 +153,35 @@ def test_bad_options_are_refused_with_the_remedy():
         Autoguidance(model("eps"), model("eps"), 2.0, interval=(5, 2))
     with pytest.raises(ValueError, match="pass condition="):
         ClassifierFreeGuidance(model("eps"), torch.tensor([1]), 2.0)(x_t(), torch.full((9,), 5), None)
+    for condition in ([1] * 9, torch.tensor([1])):
+        with pytest.raises(ValueError, match="one condition for each of 9"):
+            ClassifierFreeGuidance(model("eps"), torch.tensor([1]), 2.0)(x_t(), torch.full((9,), 5), condition)
+    with pytest.raises(ValueError, match="2 nulls for 9 images"):
+        ClassifierFreeGuidance(model("eps"), torch.tensor([1, 1]), 2.0)(x_t(), torch.full((9,), 5), ones())
+    with pytest.raises(ValueError, match="steps_between_sigmas"):
+        ClassifierFreeGuidance(model("eps"), torch.tensor([1]), 2.0, interval=(0.28, 5.42))
+    with pytest.raises(ValueError, match="finite"):
+        Autoguidance(model("eps"), model("eps"), float("nan"))
     with pytest.raises(ValueError, match="no step has a noise level"):
         steps_between_sigmas(SCHEDULE, 1e9, 1e10)
     mixed = ClassifierFreeGuidance(model("eps"), torch.tensor([1]), 2.0, interval=(0, 100))
     with pytest.raises(ValueError, match="at the same step"):
         mixed(x_t(), torch.arange(9) * 50, ones())
+
+
+def test_plain_functions_can_be_guided():
+    def strong(x, t):
+        return 0.5 * x
+
+    def weak(x, t):
+        return 0.3 * x
+
+    t = torch.full((9,), 5)
+    torch.testing.assert_close(Autoguidance(strong, weak, 2.0)(x_t(), t), 0.7 * x_t())
+    with pytest.raises(ValueError, match="condition was given"):
+        ClassifierFreeGuidance(strong, torch.tensor([1]), 2.0)(x_t(), t, ones())
+
+
+def test_output_without_spread_is_not_rescaled():
+    one = torch.ones(3, 1)
+    assert torch.isfinite(extrapolate(one, 0.5 * one, 3.0, 0.7, 1)).all()

@@ -55,6 +55,9 @@ def test_fixed_point_steps_close_the_gap_of_inversion(guide: dict) -> None:
 def test_edits_show_the_next_digit_and_keep_more_of_the_image_than_a_new_sample(guide: dict) -> None:
     wanted = guide["next_digit"].argmax(dim=1)
     assert (nearest_class(guide["edited"], guide) == wanted).sum() >= 6
+    fresh = guide["sample_ddim"](guide["denoiser"], guide["x_T"], guide["grid"], condition=guide["next_digit"])
+    apart, new = ((pictures - guide["real"]).abs().mean() for pictures in (guide["edited"], fresh))
+    assert apart < 0.8 * new
 
 
 def test_pictures_are_written(guide: dict) -> None:

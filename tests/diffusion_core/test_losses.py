@@ -245,6 +245,19 @@ def test_bad_input_is_refused_with_the_remedy():
         training_loss(network, schedule, "eps", "snr", x0, t, eps, learned_variance=True)
     with pytest.raises(ValueError, match="use objective 'v' or 'x0'"):
         training_loss(network, make_schedule("linear", 50, zero_terminal_snr=True), "eps", "snr", x0, t, eps)
+    for steps, message in ((t - 60, "training steps"), (t + 60, "-1 to 49"), (t[:1], "one step an image")):
+        with pytest.raises(ValueError, match=message):
+            training_loss(network, schedule, "eps", "snr", x0, steps, eps)
+    with pytest.raises(ValueError, match="whole numbers"):
+        training_loss(network, schedule, "eps", "snr", x0, t.double(), eps)
+    with pytest.raises(ValueError, match="eps as x0"):
+        training_loss(network, schedule, "eps", "snr", x0, t, eps[:1])
+    with pytest.raises(ValueError, match="batch of floats"):
+        training_loss(network, schedule, "eps", "snr", x0.to(torch.uint8), t, eps)
+    with pytest.raises(ValueError, match="does not take"):
+        training_loss(network, schedule, "eps", "snr", x0, t, eps, weighting_options={"gamma_ray": 1.0})
+    with pytest.raises(ValueError, match=r"lie in \[-1, 1\]"):
+        variational_bound(target.denoiser(schedule), 100 * x0, lambda t: eps)
     with pytest.raises(ValueError, match="unknown weighting"):
         training_loss(network, schedule, "eps", "best", x0, t, eps)
     with pytest.raises(ValueError, match="learned_variance=True"):
@@ -253,3 +266,10 @@ def test_bad_input_is_refused_with_the_remedy():
         variational_bound(target.denoiser(schedule), x0, lambda t: eps, grid=[(20, 10)])
     with pytest.raises(ValueError, match="decoder"):
         variational_bound(target.denoiser(schedule), x0, lambda t: eps, decoder="laplace")
+
+
+def test_plain_function_can_be_trained():
+    schedule = make_schedule("cosine", 50)
+    x0, t, eps = batch(schedule, 4)
+    with_condition = training_loss(lambda x, t, c, self_condition=None: 0.3 * x, schedule, "eps", "snr", x0, t, eps)
+    assert torch.equal(training_loss(lambda x, t: 0.3 * x, schedule, "eps", "snr", x0, t, eps), with_condition)

@@ -95,5 +95,22 @@ def test_numbers_do_not_touch_the_global_generator():
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_seed_out_of_range_is_refused(seed):
-    with pytest.raises(ValueError, match="must lie in 0 to"):
+    with pytest.raises(ValueError, match="from 0 to 2"):
         NoiseSource(seed)
+
+
+@pytest.mark.parametrize(
+    ("indices", "step", "named"),
+    [
+        (torch.arange(2), -1, "step"),
+        (torch.arange(2), 2**32, "step"),
+        (torch.tensor([-1]), 0, "indices must lie in 0"),
+        (torch.tensor([2**32]), 0, "indices must lie in 0"),
+        (torch.tensor([0.7]), 0, "whole numbers"),
+        (torch.zeros(2, 2, dtype=torch.int64), 0, "vector"),
+        ([0, 1], 0, "vector"),
+    ],
+)
+def test_address_out_of_range_is_refused(indices, step, named):
+    with pytest.raises(ValueError, match=named):
+        NoiseSource(0).normal((2,), indices, step)

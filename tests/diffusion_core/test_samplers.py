@@ -134,17 +134,21 @@ def test_samples_of_a_mixture_fall_in_its_modes_with_the_right_weights():
 
 
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
-def test_eta_one_on_the_full_grid_is_the_ddpm_posterior(schedule_name):
-    schedule, target = make_schedule(schedule_name, 60), tilted_gaussian()
+@pytest.mark.parametrize(
+    ("objective", "zero"), [("eps", False), ("x0", False), ("v", False), ("x0", True), ("v", True)]
+)
+def test_eta_one_on_the_full_grid_is_the_ddpm_posterior(schedule_name, objective, zero):
+    schedule, target = make_schedule(schedule_name, 60, zero_terminal_snr=zero), tilted_gaussian()
     grid = make_grid("uniform", 60, 60)
     source = NoiseSource(0)
     x_T = source.normal((2,), torch.arange(16), 60).double()
     noise = source.for_samples((2,), torch.arange(16))
-    ddim = sample_ddim(target.denoiser(schedule), x_T, grid, noise, eta=1.0)
-    torch.testing.assert_close(ddim, sample_ddpm(target.denoiser(schedule), x_T, grid, noise), atol=1e-9, rtol=0)
+    denoiser = target.denoiser(schedule, objective)
+    ddim = sample_ddim(denoiser, x_T, grid, noise, eta=1.0)
+    torch.testing.assert_close(ddim, sample_ddpm(denoiser, x_T, grid, noise), atol=1e-9, rtol=0)
     x = x_T
     for t in range(59, -1, -1):
-        x0, _ = target.denoiser(schedule)(x, t)
+        x0, _ = denoiser(x, t)
         beta = float(schedule.betas()[t])
         a, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t - 1)
         x = (a_prev**0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - a_prev) * x) / (1 - a)
@@ -169,9 +173,10 @@ def test_sigma_hat_is_the_larger_ddpm_variance():
     eta=st.one_of(st.floats(0, 1), st.just("sigma_hat")),
     spacing=st.sampled_from(SPACINGS),
     name=st.sampled_from(SCHEDULES),
+    objective=st.sampled_from(OBJECTIVES),
 )
 @settings(max_examples=60, deadline=None)
-def test_last_step_adds_no_noise_for_any_grid_and_eta(schedule_steps, data, eta, spacing, name):
+def test_last_step_adds_no_noise_for_any_grid_and_eta(schedule_steps, data, eta, spacing, name, objective):
     schedule = make_schedule(name, schedule_steps)
     grid = make_grid(spacing, schedule_steps, data.draw(st.integers(1, schedule_steps)))
     target = tilted_gaussian()
@@ -182,9 +187,10 @@ def test_last_step_adds_no_noise_for_any_grid_and_eta(schedule_steps, data, eta,
         return torch.full((3, 2), float(t)).double()
 
     x_T = torch.ones(3, 2).double()
-    for run in (functools.partial(sample_ddim, eta=eta), sample_ddpm, sample_dpmpp_2m_sde):
+    large = functools.partial(sample_ddpm, variance="fixed_large")
+    for run in (functools.partial(sample_ddim, eta=eta), sample_ddpm, large, sample_dpmpp_2m_sde):
         asked.clear(), steps.clear()
-        out = run(target.denoiser(schedule), x_T, grid, noise, callback=steps.append)
+        out = run(target.denoiser(schedule, objective), x_T, grid, noise, callback=steps.append)
         assert grid[-1][0] not in asked
         torch.testing.assert_close(out, steps[-1].x0, atol=1e-12, rtol=0)
         assert [(step.t, step.t_prev) for step in steps] == grid
@@ -310,7 +316,29 @@ def test_sample_does_not_depend_on_its_batch(name):
     everyone = run(torch.arange(64))
     for size in (1, 7):
         parts = torch.cat([run(part) for part in torch.arange(64).split(size)])
-        torch.testing.assert_close(parts, everyone, atol=1e-12, rtol=0)
+        torch.testing.assert_close(parts, everyone, atol=1e-12, rtol=0)  # the oracle's products round by their shape
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sample_is_the_same_bits_in_any_batch_where_the_network_is(name, dtype):
+    denoiser = Denoiser(lambda x, t: 0.3 * x + 0.1 * x * x.abs(), make_schedule("cosine", 100), "eps")
+
+    def run(indices):
+        noise = NoiseSource(4).for_samples((2, 3, 3), indices)
+        return ALL[name](denoiser, noise(100).to(dtype), make_grid("uniform", 100, 7), noise)
+
+    everyone = run(torch.arange(64))
+    for size in (1, 7):
+        assert torch.equal(torch.cat([run(part) for part in torch.arange(64).split(size)]), everyone)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_list_of_steps_is_a_grid(name):
+    schedule, target = make_schedule("cosine", 100), tilted_gaussian()
+    noise, x_T = NoiseSource(4).for_samples((2,), torch.arange(3)), torch.ones(3, 2).double()
+    expected = ALL[name](target.denoiser(schedule), x_T, [(90, 40), (40, 3), (3, -1)], noise)
+    assert torch.equal(ALL[name](target.denoiser(schedule), x_T, [90, 40, 3], noise), expected)
 
 
 def test_progress_bar_is_shown_when_asked(capsys):
@@ -332,6 +360,8 @@ def test_bad_input_is_refused_with_the_remedy():
             sampler(denoiser, x_T, grid)
         with pytest.raises(ValueError, match="has shape"):
             sampler(denoiser, x_T, grid, lambda t: torch.zeros(1, 2))
+        with pytest.raises(ValueError, match="for_samples"):
+            sampler(denoiser, x_T, grid, NoiseSource(0))
     with pytest.raises(ValueError, match="learned_variance=True"):
         sample_ddpm(denoiser, x_T, grid, torch.zeros, variance="learned")
     with pytest.raises(ValueError, match="unknown variance"):
@@ -341,6 +371,10 @@ def test_bad_input_is_refused_with_the_remedy():
             sampler(denoiser, x_T, [], torch.zeros)
         with pytest.raises(ValueError, match="within -1 to 99"):
             sampler(denoiser, x_T, grid_from_steps([100], 200), torch.zeros)
+        with pytest.raises(ValueError, match="pairs"):
+            sampler(denoiser, x_T, [(9.0, -1)], torch.zeros)
+        with pytest.raises(ValueError, match=r"Denoiser\.from_eps"):
+            sampler(lambda x, t: x, x_T, grid, torch.zeros)
         with pytest.raises(ValueError, match="batch of floats"):
             sampler(denoiser, torch.ones(3, 2, dtype=torch.int64), grid, torch.zeros)
 

@@ -91,7 +91,16 @@ def test_any_array_can_be_given():
     array = torch.linspace(0.99, 0.01, 17)
     schedule = given_schedule(array)
     assert torch.equal(schedule.alphas_cumprod, array.double())
-    assert NoiseSchedule(array.double()).alpha_bar(16) == schedule.alpha_bar(16)
+    for given in (array.double(), array.double().tolist(), array.double().numpy()):
+        assert NoiseSchedule(given).alpha_bar(16) == schedule.alpha_bar(16)
+    again = make_schedule(**NoiseSchedule(array.double()).config)
+    assert torch.equal(again.alphas_cumprod, schedule.alphas_cumprod)
+
+
+def test_scaled_linear_runs_between_its_published_ends_at_any_length():
+    for num_steps in (100, 1000):
+        betas = make_schedule("scaled_linear", num_steps).betas()
+        assert float(betas[0]) == pytest.approx(0.00085, rel=1e-9) and float(betas[-1]) == pytest.approx(0.012, rel=1e-9)
 
 
 def test_bad_schedules_are_refused_with_the_remedy():
@@ -110,7 +119,7 @@ def test_bad_schedules_are_refused_with_the_remedy():
         make_schedule("quadratic")
     with pytest.raises(ValueError, match="does not take"):
         make_schedule("cosine", tau=1.0)
-    with pytest.raises(ValueError, match="at least one step"):
+    with pytest.raises(ValueError, match="whole number of at least 1"):
         make_schedule("cosine", 0)
     with pytest.raises(ValueError, match="tau > 0"):
         make_schedule("sigmoid", tau=0.0)
@@ -118,6 +127,14 @@ def test_bad_schedules_are_refused_with_the_remedy():
         make_schedule("linear", 1, zero_terminal_snr=True)
     with pytest.raises(ValueError, match="needs as many alphas_cumprod"):
         make_schedule("given", 3, alphas_cumprod=[0.5])
-    for t in (-2, 1000):
+    with pytest.raises(ValueError, match="must be a vector"):
+        given_schedule(torch.full((2, 3), 0.5))
+    for steps in (torch.tensor([-2]), torch.tensor([5, 1000])):
+        with pytest.raises(ValueError, match="-1 to 999"):
+            make_schedule("linear").snr(steps)
+    with pytest.raises(ValueError, match="whole numbers"):
+        make_schedule("linear").gather(torch.tensor([0.5]))
+    assert float(make_schedule("linear").snr(500)) == float(make_schedule("linear").snr(torch.tensor(500)))
+    for t in (-2, 1000, 5.0):
         with pytest.raises(ValueError, match="outside the schedule"):
             make_schedule("linear").alpha_bar(t)

@@ -140,3 +140,12 @@ def test_bad_input_is_refused_with_the_remedy():
         steps_of("log_normal", torch.arange(4), 4, log_normal=(0.0, 0.0))
     with pytest.raises(ValueError, match="condition_dropout is a share"):
         draw_training_step(SCHEDULE, (1,), torch.arange(4), 4, 0, seed=0, condition_dropout=1.2)
+
+
+def test_positions_outside_the_batch_and_losses_that_are_none_are_refused():
+    for positions in (torch.tensor([0, 4]), torch.tensor([-1])):
+        with pytest.raises(ValueError, match="0 to 3"):
+            steps_of("stratified", positions, 4)
+    for step, loss in ((0, float("nan")), (3, 1.0), (-1, 1.0)):
+        with pytest.raises(ValueError, match="finite losses of steps 0 to 2"):
+            LossHistory.empty(3).updated(torch.tensor([step]), torch.tensor([loss]))

@@ -147,10 +147,10 @@ def test_killed_search_does_not_run_finished_trials_again(tmp_path: Path, victim
         else:
             kill_everything(made)
         started.wait(30)
-        before = set(re.findall(r"trial (\w+) \(", made.output()))
+        before = set(re.findall(r"(trial-\w+) \(", made.output()))
         text = made.stage("tune", timeout=400)
         assert "going on with the search" in text
-        again = set(re.findall(r"trial (\w+) \(", text))
+        again = set(re.findall(r"(trial-\w+) \(", text))
         rows = (made.folder / "artifacts/search/trials.csv").read_text().splitlines()[1:]
         print(
             f"{victim} killed: {len(before)} trials had reported, {len(again)} reported afterwards, {len(rows)} in trials.csv"

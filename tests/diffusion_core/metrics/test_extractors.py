@@ -51,7 +51,7 @@ def test_torch_fidelity_computes_our_figures_with_our_extractor():
     a, b = extractor(first).double().numpy(), extractor(second).double().numpy()
     fid = frechet_distance(GaussianStatistics.from_features(a), GaussianStatistics.from_features(b))
     # its path keeps features, and so means and kernels, in float32
-    assert fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
     kid = kernel_distance(a, b, subsets=5, subset_size=40)
     assert kid.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3, abs=1e-5)
     logits = network(first)[1].detach().numpy()
@@ -67,6 +67,10 @@ def test_saved_classifier_and_extractor_give_the_same_features(tmp_path):
     loaded = load_extractor(tmp_path)
     assert (loaded.name, loaded.digest) == ("test-classifier", digest)
     assert torch.equal(loaded(batch), expected)
+    assert torch.equal(loaded.logits(batch), network(batch)[1])
+    save_extractor(tmp_path, "test-classifier", {"other": torch.zeros(1)}, {"image_size": 8})
+    with pytest.raises(ValueError, match="does not hold a feature extractor"):
+        load_extractor(tmp_path)
 
 
 def test_damaged_or_foreign_files_are_refused_by_name(tmp_path):

@@ -68,3 +68,16 @@ def test_sets_of_different_width_or_one_sample_are_refused():
         frechet_distance(exact([0], [[1]]), exact([0, 0], np.eye(2)))
     with pytest.raises(ValueError, match="at least two"):
         frechet_distance(GaussianStatistics.from_features(np.zeros((1, 2))), exact([0, 0], np.eye(2)))
+
+
+@pytest.mark.parametrize(("first_n", "second_n"), [(20, 200), (20, 30), (3, 2)])
+def test_fewer_samples_than_features_give_the_distance_of_their_statistics(first_n, second_n):
+    """Against the nuclear norm of the samples' own product, which no covariance enters."""
+    generator = np.random.RandomState(first_n)
+    first, second = generator.randn(first_n, 64), generator.randn(second_n, 64) * 2 + 1
+    a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (first, second))
+    delta = first.mean(axis=0) - second.mean(axis=0)
+    expected = delta @ delta + (a**2).sum() + (b**2).sum() - 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    statistics = [GaussianStatistics.from_features(x) for x in (first, second)]
+    assert statistics[0].rank_deficient
+    assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-11)

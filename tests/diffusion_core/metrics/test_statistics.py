@@ -27,10 +27,14 @@ def test_merging_shards_in_any_order_gives_the_statistics_of_the_whole(sizes, of
             np.testing.assert_allclose(merged.covariance, expected, rtol=1e-10, atol=1e-12 * max(offset, 1))
 
 
-def test_same_order_gives_the_same_bits_and_nesting_the_same_to_rounding():
-    parts = [GaussianStatistics.from_features(np.random.RandomState(i).randn(5 + i, 3)) for i in range(4)]
-    first, again = merge_statistics(parts), merge_statistics(parts)
-    assert np.array_equal(first.scatter, again.scatter) and np.array_equal(first.mean, again.mean)
+def test_any_order_gives_the_same_bits_and_nesting_the_same_to_rounding():
+    parts = [GaussianStatistics.from_features(np.random.RandomState(i).randn(5 + i % 2, 3)) for i in range(4)]
+    first = merge_statistics(parts)
+    for order in itertools.permutations(parts):
+        again = merge_statistics(order)
+        assert np.array_equal(first.scatter, again.scatter) and np.array_equal(first.mean, again.mean)
+    one, other = parts[0].merge(parts[1]), parts[1].merge(parts[0])
+    assert np.array_equal(one.scatter, other.scatter) and np.array_equal(one.mean, other.mean)
     nested = merge_statistics([merge_statistics(parts[:2]), merge_statistics(parts[2:])])
     np.testing.assert_allclose(nested.scatter, first.scatter, rtol=1e-13)
 
@@ -59,3 +63,12 @@ def test_statistics_that_cannot_be_are_refused():
         one.merge(GaussianStatistics.from_features(np.zeros((1, 3))))
     with pytest.raises(ValueError, match="no statistics"):
         merge_statistics([])
+    with pytest.raises(ValueError, match=r"mean \(D,\)"):
+        GaussianStatistics(5, np.zeros(2), np.zeros((3, 3)))
+
+
+def test_statistics_of_no_samples_change_nothing():
+    some, none = GaussianStatistics.from_features(np.random.RandomState(0).randn(5, 2)), GaussianStatistics.empty(2)
+    for merged in (some.merge(none), none.merge(some), merge_statistics([none, some, none])):
+        assert merged.n == 5 and np.array_equal(merged.scatter, some.scatter)
+    assert none.merge(none).n == 0

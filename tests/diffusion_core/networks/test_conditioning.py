@@ -134,3 +134,34 @@ def test_condition_outside_the_vocabulary_is_refused(kind, condition, named):
 def test_number_of_conditions_must_be_the_number_of_images():
     with pytest.raises(ValueError, match="2 conditions were given for 3 images"):
         ConditionEmbedding(SPECS["class"], 8)(torch.tensor([0, 1]), 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "condition", "named"),
+    [
+        ("class", torch.tensor([0, 5]), "0 to 3"),
+        ("class", torch.tensor([-1, 0]), "0 to 3"),
+        ("class", [0, 1], "tensor"),
+        ("multi_hot", torch.full((2, 5), 2.0), "0 to 1"),
+        ("vector", torch.zeros(2, 5), r"\(B, 6\)"),
+    ],
+)
+def test_network_refuses_what_lies_outside_the_vocabulary(kind, condition, named):
+    with pytest.raises(ValueError, match=named):
+        ConditionEmbedding(SPECS[kind], 8)(condition, 2, torch.device("cpu"))
+
+
+def test_labels_of_any_whole_type_are_read():
+    embedding = ConditionEmbedding(SPECS["class"], 8)
+    for dtype in (torch.uint8, torch.int32):
+        labels = torch.tensor([0, 3], dtype=dtype)
+        assert torch.equal(embedding(labels, 2, labels.device), embedding(labels.long(), 2, labels.device))
+
+
+def test_mask_of_dropped_conditions_must_fit():
+    spec = SPECS["class"]
+    for dropped in (torch.tensor([True]), torch.tensor([1, 0])):
+        with pytest.raises(ValueError, match="one flag for each of 2"):
+            spec.drop(torch.tensor([0, 1]), dropped)
+    with pytest.raises(ValueError, match="integers"):
+        spec.drop(torch.tensor([0.0, 1.0]), torch.tensor([True, False]))

@@ -66,3 +66,22 @@ def test_odd_sizes_tokens_and_unasked_self_conditions_are_refused():
     with torch.no_grad():
         network = build("none", self_conditioning=True)
         assert not torch.equal(network(x, t, None, self_condition=x), network(x, t))
+
+
+@pytest.mark.parametrize(
+    ("x", "condition", "named"),
+    [
+        (torch.zeros(2, 2, 16, 16), None, "size 8"),
+        (torch.zeros(2, 1, 8, 8), None, "B, 2, H, W"),
+        (torch.zeros(2, 2, 8, 8).double(), None, "float64"),
+        (torch.zeros(2, 2, 8, 8), torch.tensor([0, 7]), "0 to 3"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(x, condition, named):
+    with pytest.raises(ValueError, match=named):
+        build()(x, torch.tensor([3, 700]), condition)
+
+
+def test_condition_for_a_network_without_one_is_refused():
+    with pytest.raises(ValueError, match="takes no condition"):
+        build("none")(torch.zeros(2, 2, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 1]))

@@ -39,6 +39,16 @@ SMALL = {
 CASES = {
     "cifar10": CIFAR10,
     "default": SMALL,
+    "ddpm": {  # the settings of CIFAR10 in a network that is quick to write
+        **SMALL,
+        "attention_head_dim": None,
+        "norm_eps": 1e-6,
+        "freq_shift": 1,
+        "flip_sin_to_cos": False,
+        "downsample_padding": 0,
+        "norm_num_groups": 16,
+        "sample_size": (16, 16),
+    },
     "class": {**SMALL, "num_class_embeds": 5},
     "scale_shift": {**SMALL, "resnet_time_scale_shift": "scale_shift"},
     "scale_shift_mid_norm": {**SMALL, "resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32},
@@ -117,6 +127,19 @@ def test_null_class_is_the_last_embedding_of_diffusers():
     torch.testing.assert_close(theirs(x, t, torch.tensor([4, 4])).sample, ours(x, t, None), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_class_network_without_a_null_is_written_as_it_was_read(tmp_path):
+    source = random_model(CASES["class"])
+    ours = unet_from_diffusers(dict(source.config), source.state_dict())
+    config, weights = unet_to_diffusers(ours, null_class=False)
+    assert config["num_class_embeds"] == 5
+    assert weights.keys() == source.state_dict().keys()
+    for name, value in source.state_dict().items():
+        assert torch.equal(weights[name], value), name
+    write_diffusers_folder(ours, tmp_path / "model", null_class=False)
+    assert diffusers.UNet2DModel.from_pretrained(tmp_path / "model").config.num_class_embeds == 5
+
+
 def test_weights_named_by_the_first_diffusers_releases_are_read():
     source = random_model(SMALL)
     old = {}
@@ -138,6 +161,9 @@ def test_weights_named_by_the_first_diffusers_releases_are_read():
         ({"act_fn": "gelu"}, "act_fn"),
         ({"sample_size": None}, "image_size"),
         ({"out_channels": 5}, "out_channels"),
+        ({"sample_size": (16, 32)}, "square"),
+        ({"up_block_types": ("UpBlock2D",)}, "up_block_types"),
+        ({"class_embed_type": "timestep"}, "class_embed_type"),
     ],
 )
 def test_diffusers_setting_without_counterpart_is_refused_by_name(change, named):
@@ -155,6 +181,11 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         unet_from_diffusers(config, {**weights, "extra.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="conv_in"):
         unet_from_diffusers(config, {**weights, "conv_in.weight": torch.zeros(32, 4, 3, 3)})
+    transposed = weights["down_blocks.1.resnets.0.conv1.weight"].transpose(0, 1)
+    with pytest.raises(ValueError, match="conv1"):
+        unet_from_diffusers(config, {**weights, "down_blocks.1.resnets.0.conv1.weight": transposed})
+    with pytest.raises(ValueError, match=r"mid_block\.attentions\.0\.to_k"):
+        unet_from_diffusers(config, {**weights, "mid_block.attentions.0.to_k.weight": torch.zeros(64, 32)})
     (tmp_path / "config.json").write_text(json.dumps({**SMALL}))
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="safe_serialization"):

@@ -214,3 +214,43 @@ def test_condition_of_the_wrong_shape_or_type_is_refused():
         small("class")(x, t, torch.rand(3))
     with pytest.raises(ValueError, match="shape"):
         small("tokens")(x, t, torch.rand(3, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("x", "t", "condition", "self_condition", "named"),
+    [
+        (torch.zeros(3, 1, 8, 8), torch.zeros(3).long(), None, None, "B, 3, H, W"),
+        (torch.zeros(3, 8, 8), torch.zeros(3).long(), None, None, "B, 3, H, W"),
+        (torch.zeros(3, 3, 9, 9), torch.zeros(3).long(), None, None, "multiples of 2"),
+        (torch.zeros(3, 3, 8, 8).double(), torch.zeros(3).long(), None, None, "float64"),
+        (torch.zeros(3, 3, 8, 8), torch.zeros(2).long(), None, None, "one step for each of 3"),
+        (torch.zeros(3, 3, 8, 8), 5, None, None, "one step for each of 3"),
+        (torch.zeros(3, 3, 8, 8), torch.zeros(3).long(), torch.zeros(3).long(), None, "takes no condition"),
+        (torch.zeros(3, 3, 8, 8), torch.zeros(3).long(), None, torch.zeros(3, 3, 4, 4), "self_condition has shape"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(x, t, condition, self_condition, named):
+    with pytest.raises(ValueError, match=named):
+        small(self_conditioning=True)(x, t, condition, self_condition=self_condition)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"multipliers": ()}, "at least one level"),
+        ({"channels": 0}, "channels"),
+        ({"channels": 15}, "even number of channels"),
+        ({"groups": 0}, "groups"),
+        ({"multipliers": (1, 0)}, "multipliers"),
+        ({"num_res_blocks": 0}, "num_res_blocks"),
+        ({"image_size": 8.0}, "image_size"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(options, named):
+    with pytest.raises(ValueError, match=named):
+        small(**options)
+
+
+def test_tokens_that_nothing_would_read_are_refused():
+    with pytest.raises(ValueError, match="read by attention"):
+        small("tokens", attention_sizes=(), middle_attention=False)

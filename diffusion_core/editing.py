@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffusion_core.checks import check_images
 from diffusion_core.denoiser import Denoiser
 from diffusion_core.grids import Grid, restrict_grid
 from diffusion_core.inversion import invert_ddim
-from diffusion_core.objectives import add_noise, check_images, per_image
+from diffusion_core.objectives import add_noise, per_image
 from diffusion_core.samplers import (
     Callback,
     Step,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from numbers import Integral
+
+from diffusion_core.checks import is_whole
 
 Grid = list[tuple[int, int]]
 SPACINGS = ("uniform", "leading", "trailing", "linspace", "quadratic")
@@ -25,7 +26,7 @@ def make_grid(spacing: str, schedule_steps: int, num_steps: int) -> Grid:
 
     Raises ValueError for an unknown spacing, or S outside 1 to T.
     """
-    if not isinstance(num_steps, Integral) or not 1 <= num_steps <= schedule_steps:
+    if not is_whole(num_steps) or not 1 <= num_steps <= schedule_steps:
         raise ValueError(
             f"a grid of {num_steps} steps does not fit a schedule of {schedule_steps}: choose 1 to {schedule_steps}"
         )
@@ -98,10 +99,10 @@ def check_grid(grid: Grid | Sequence[int], schedule_steps: int) -> Grid:
 
 
 def _pairs(grid: Grid | Sequence[int]) -> Grid:
-    if all(isinstance(entry, Integral) for entry in grid):
-        return grid_from_steps(grid, max(grid) + 1) if len(grid) else []  # type: ignore[arg-type, type-var]
+    if all(is_whole(entry) for entry in grid):
+        return grid_from_steps(grid, max(grid) + 1) if len(grid) else []  # type: ignore
     for entry in grid:
-        if not isinstance(entry, Sequence) or len(entry) != 2 or not all(isinstance(step, Integral) for step in entry):
+        if not isinstance(entry, Sequence) or len(entry) != 2 or not all(is_whole(step) for step in entry):
             raise ValueError(f"a grid is a list of pairs (t, t_prev) of whole numbers, or of steps; it holds {entry!r}")
     return list(grid)  # type: ignore[arg-type]
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusion_core.checks import is_whole
 from diffusion_core.denoiser import Network, call_network
 from diffusion_core.objectives import per_image
 from diffusion_core.schedules import NoiseSchedule
@@ -107,7 +107,7 @@ def extrapolate(strong: Tensor, weak: Tensor, scale: float, rescale: float, chan
     rest, strong, weak = strong[:, channels:], strong[:, :channels], weak[:, :channels]
     guided = weak + scale * (strong - weak)
     if rescale > 0.0:
-        spread = strong.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1)
+        spread = strong.flatten(1).std(dim=1, correction=0) / guided.flatten(1).std(dim=1, correction=0)
         spread = torch.where(torch.isfinite(spread), spread, torch.ones_like(spread))  # a constant output has no spread
         guided = guided * per_image(rescale * spread + (1.0 - rescale), guided)
     return torch.cat([guided, rest], dim=1) if rest.shape[1] else guided
@@ -142,7 +142,7 @@ def _scale_at(t: Tensor, scale: float, interval: Interval | None) -> float:
 def _check_options(scale: float, rescale: float, interval: Interval | None) -> None:
     if not math.isfinite(scale):
         raise ValueError(f"a guidance scale is a finite number, got {scale}")
-    if interval is not None and not all(isinstance(step, Integral) for step in interval):
+    if interval is not None and not all(is_whole(step) for step in interval):
         raise ValueError(
             f"a guidance interval is of steps, got {interval}: steps_between_sigmas turns noise levels into steps"
         )

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_core import objectives
+from diffusion_core.checks import check_images
 from diffusion_core.denoiser import Denoiser, Network, call_network
 from diffusion_core.grids import Grid, make_grid
-from diffusion_core.objectives import check_images, per_image
+from diffusion_core.objectives import per_image
 from diffusion_core.posterior import VARIANCES, learned_log_variance, log_variance_range, posterior
 from diffusion_core.samplers import StepNoise, check_inputs, draw
 from diffusion_core.schedules import NoiseSchedule

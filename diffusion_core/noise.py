@@ -11,10 +11,11 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from diffusion_core.checks import is_whole
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -54,7 +55,7 @@ class NoiseSource:
     stream: str = "sample"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"a seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")
 
     def uniform(self, shape: Sequence[int], indices: Tensor, step: int) -> Tensor:

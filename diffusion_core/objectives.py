@@ -96,15 +96,6 @@ def _roots(alpha_bar: Tensor | float, like: Tensor):
     return alpha_bar**0.5, (1.0 - alpha_bar) ** 0.5
 
 
-def check_images(images: Tensor, name: str = "x0") -> None:
-    """Raise ValueError unless ``images`` is a (B, ...) batch of floats."""
-    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim < 2:
-        got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(
-            f"{name} must be a (B, ...) batch of floats, got {got}: 8-bit images become floats by generation.to_float"
-        )
-
-
 def per_image(values: Tensor, images: Tensor) -> Tensor:
     """(B,) values, shaped to broadcast against (B, ...) images."""
     return values.view(-1, *([1] * (images.ndim - 1)))

@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from diffusion_core.checks import check_images
 from diffusion_core.denoiser import Denoiser, Prediction
 from diffusion_core.grids import Grid, check_grid
-from diffusion_core.objectives import check_images
 from diffusion_core.posterior import VARIANCES, learned_log_variance, posterior
 
 StepNoise = Callable[[int], Tensor]

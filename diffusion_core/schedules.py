@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffusion_core.checks import is_whole
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 
@@ -58,7 +59,7 @@ class NoiseSchedule:
 
     def alpha_bar(self, t: int) -> float:
         """alpha_bar_t as a Python float; t in [-1, T), and alpha_bar_{-1} is exactly 1."""
-        if not isinstance(t, Integral) or not -1 <= t < self.num_steps:
+        if not is_whole(t) or not -1 <= t < self.num_steps:
             raise ValueError(f"step {t} is outside the schedule: allowed are -1 to {self.num_steps - 1}")
         return self._values[t + 1]  # type: ignore[attr-defined]
 
@@ -109,7 +110,7 @@ def make_schedule(name: str, num_steps: int = 1000, **options: Any) -> NoiseSche
     ``zero_terminal_snr=True`` rescales so that the last step is pure noise (arXiv 2305.08891,
     algorithm 1). Raises ValueError for an unknown name, an unknown option, or a value out of range.
     """
-    if not isinstance(num_steps, Integral) or num_steps < 1:
+    if not is_whole(num_steps) or num_steps < 1:
         raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
     builders: dict[str, Callable[..., Tensor]] = {
         "linear": _linear,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_core.checks import check_images
 from diffusion_core.denoiser import Denoiser
 from diffusion_core.guidance import ClassifierFreeGuidance, Interval
-from diffusion_core.objectives import check_images
 from diffusion_core.schedules import NoiseSchedule, given_schedule
 
 OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from diffusion_core.checks import is_whole
 
 KINDS = ("none", "class", "classes", "multi_hot", "vector", "tokens")
 
@@ -44,7 +45,7 @@ class ConditionSpec:
             raise ValueError(f"unknown condition kind {self.kind!r}: choose one of {', '.join(KINDS)}")
         object.__setattr__(self, "sizes", tuple(self.sizes))
         for name, value in (("size", self.size), ("length", self.length), *(("sizes", size) for size in self.sizes)):
-            if not isinstance(value, Integral):
+            if not is_whole(value):
                 raise ValueError(f"{name} of a condition is a whole number, got {value!r}")
         if self.kind == "classes":
             if not self.sizes or min(self.sizes) < 1 or self.size not in (0, len(self.sizes)):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_core.checks import is_whole
 from diffusion_core.networks.blocks import group_norm
 from diffusion_core.networks.conditioning import ConditionEmbedding, ConditionSpec
 from diffusion_core.networks.embeddings import sinusoidal_embedding
@@ -42,11 +41,11 @@ class ContextUNet(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("image_channels", image_channels), ("channels", channels), ("groups", groups)):
-            if not isinstance(value, Integral) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if channels % 2:
             raise ValueError(f"context_unet needs an even number of channels, got {channels}")
-        if not isinstance(image_size, Integral) or image_size < 2 or image_size % 2:
+        if not is_whole(image_size) or image_size < 2 or image_size % 2:
             raise ValueError(
                 f"context_unet needs an even image_size of at least 2, got {image_size}: change prepare.image_size"
             )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from diffusion_core.checks import is_whole
 from diffusion_core.networks.blocks import (
     RESAMPLINGS,
     CrossAttention,
@@ -76,7 +76,7 @@ class UNet(nn.Module):
             ("groups", groups),
             *(("multipliers", multiplier) for multiplier in multipliers),
         ):
-            if not isinstance(value, Integral) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ValueError(f"{name} must be whole numbers of at least 1, got {value!r}")
         if not multipliers or channels % 2:
             raise ValueError(
@@ -276,7 +276,7 @@ def check_inputs(x_t: Tensor, t: Tensor, image_channels: int, weight: Tensor) ->
 def check_image_size(image_size: int, num_levels: int) -> None:
     """Raise ValueError unless the image can be halved ``num_levels - 1`` times."""
     factor = 2 ** (num_levels - 1)
-    if not isinstance(image_size, Integral) or image_size < factor or image_size % factor:
+    if not is_whole(image_size) or image_size < factor or image_size % factor:
         raise ValueError(
             f"a UNet with {num_levels} levels halves the image {num_levels - 1} times, so image_size must be a multiple of "
             f"{factor}, got {image_size}: change prepare.image_size or train.network.multipliers"

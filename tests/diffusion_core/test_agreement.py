@@ -55,9 +55,24 @@ def noise_in_order(seed=1):
     return lambda _step: torch.randn(SHAPE, generator=generator)
 
 
+def in_float64(case):
+    """Both sides in float64, so that hundreds of steps do not add up rounding; peers keep the float32 of their tables."""
+
+    @functools.wraps(case)
+    def run(*arguments, **options):
+        former = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            return case(*arguments, **options)
+        finally:
+            torch.set_default_dtype(former)
+
+    return run
+
+
 def scheduler_of(name, schedule="linear", objective="eps", **options):
     beta_schedule, beta_start, beta_end = BETAS[schedule]
-    return peer("diffusers", name)(
+    scheduler = peer("diffusers", name)(
         num_train_timesteps=1000,
         beta_schedule=beta_schedule,
         beta_start=beta_start,
@@ -65,6 +80,8 @@ def scheduler_of(name, schedule="linear", objective="eps", **options):
         prediction_type=PREDICTION_TYPES[objective],
         **options,
     )
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(torch.get_default_dtype())
+    return scheduler
 
 
 def run_scheduler(scheduler, num_steps, x, network=network, **options):
@@ -86,6 +103,7 @@ def trajectory(sampler, *arguments, **options):
     return torch.stack(images)
 
 
+@in_float64
 def ddim(spacing, clip, rederive, eta, objective, schedule, num_steps=50, percentile=None):
     scheduler = scheduler_of(
         "DDIMScheduler",
@@ -118,6 +136,7 @@ def ddim(spacing, clip, rederive, eta, objective, schedule, num_steps=50, percen
     return trajectory(sample_ddim, denoiser, start(), grid, noise_in_order(), eta=eta), theirs
 
 
+@in_float64
 def ddpm(spacing, variance, clip, objective, schedule, num_steps=50):
     kind = "learned_range" if variance == "learned" else variance
     scheduler = scheduler_of(
@@ -168,11 +187,10 @@ def dpmpp(spacing, kind, objective, schedule, num_steps=20, percentile=None):
     return trajectory(sampler, denoiser, start(), grid, noise_in_order()), theirs
 
 
+@in_float64
 def ddim_inverse(spacing, clip, objective, schedule, num_steps=50):
     scheduler = scheduler_of("DDIMInverseScheduler", schedule, objective, timestep_spacing=spacing, clip_sample=clip)
-    # 50 steps outwards with clipping multiply rounding by a thousand: both sides in float64, from its float32 table
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    x0 = start().double().clamp(-1, 1)
+    x0 = start().clamp(-1, 1)
     theirs = run_scheduler(scheduler, num_steps, x0)
     denoiser = Denoiser(
         network, given_schedule(scheduler.alphas_cumprod), objective, clip=1.0 if clip else None, rederive_eps=False
@@ -202,6 +220,13 @@ def ddp_model(objective="eps", schedule="linear", **options):
     return gaussian(
         model, image_size=4, timesteps=1000, objective=name, beta_schedule=schedule, auto_normalize=False, **options
     )
+
+
+def largest_difference(ours, theirs):
+    """The largest |ours - theirs| / (1 + largest |theirs| of the same step)."""
+    assert ours.shape == theirs.shape
+    apart, size = ((x.abs().reshape(len(x), -1).amax(dim=1)) for x in (ours - theirs, theirs))
+    return float((apart / (1 + size)).max())
 
 
 def loss_inputs():
@@ -275,8 +300,9 @@ def ddp_posterior(schedule):
     return torch.stack([step.x0, step.x_t, step.variance]), theirs.double()
 
 
+@in_float64
 def ddp_ddim(num_steps, eta, objective):
-    model = ddp_model(objective, "cosine", sampling_timesteps=num_steps, ddim_sampling_eta=eta)
+    model = ddp_model(objective, "cosine", sampling_timesteps=num_steps, ddim_sampling_eta=eta).double()
     torch.manual_seed(5)
     with contextlib.redirect_stderr(io.StringIO()):
         theirs = model.ddim_sample(SHAPE, return_all_timesteps=True)
@@ -289,9 +315,10 @@ def ddp_ddim(num_steps, eta, objective):
     return ours, theirs[:, 1:].transpose(0, 1)
 
 
+@in_float64
 def ddp_ddpm(objective, schedule):
     """Ancestral sampling over every step, clipped, as it always is there."""
-    model = ddp_model(objective, schedule)
+    model = ddp_model(objective, schedule).double()
     torch.manual_seed(5)
     with contextlib.redirect_stderr(io.StringIO()):
         theirs = model.p_sample_loop(SHAPE, return_all_timesteps=True)
@@ -339,7 +366,6 @@ CASES = {
             ("leading", "learned", False, "v", "linear"),
             ("trailing", "fixed_small", True, "x0", "cosine"),
             ("trailing", "fixed_small", False, "v", "linear"),
-            ("trailing", "learned", True, "eps", "cosine"),
             ("linspace", "fixed_small", False, "v", "linear"),
             ("linspace", "fixed_small", True, "eps", "linear"),
             ("linspace", "learned", True, "v", "cosine"),
@@ -404,7 +430,7 @@ CASES = {
 def test_ours_agrees_with_the_peer(case):
     ours, theirs = CASES[case]()
     assert bool(torch.isfinite(theirs).all())
-    torch.testing.assert_close(ours, theirs.to(ours.dtype), atol=TOLERANCE, rtol=TOLERANCE)
+    assert largest_difference(ours, theirs) < TOLERANCE
 
 
 @pytest.mark.parametrize("schedule", BETAS)
@@ -455,20 +481,28 @@ def test_where_the_stride_does_not_fit_diffusers_leaves_the_exact_flow_and_ours_
         assert their_error > 1.5 * our_error, (our_error, their_error)
 
 
-def test_diffusers_large_variance_leaves_noise_in_the_last_image_of_a_trailing_grid_and_ours_does_not():
+@pytest.mark.parametrize("variance", ["fixed_large", "learned"])
+def test_diffusers_larger_variances_leave_noise_in_the_last_image_of_a_trailing_grid_and_ours_do_not(variance):
     """It adds noise wherever t > 0, also on the way to the clean image."""
     target, schedule = tilted_gaussian(), make_schedule("linear")
-    denoiser = target.denoiser(schedule)
+    plain = target.denoiser(schedule)
+    learned = variance == "learned"
+
+    def network(x, t, *_, **__):
+        output = plain.network(x, t)
+        return torch.cat([output, torch.ones_like(x)], dim=1) if learned else output
+
+    denoiser = Denoiser(network, schedule, "eps", clip=None, learned_variance=learned)
     x = start().double().flatten(1)[:, :2]
-    scheduler = scheduler_of(
-        "DDPMScheduler", timestep_spacing="trailing", variance_type="fixed_large", clip_sample=False
-    )
+    kind = "learned_range" if learned else variance
+    scheduler = scheduler_of("DDPMScheduler", timestep_spacing="trailing", variance_type=kind, clip_sample=False)
     scheduler.set_timesteps(50)
     last = int(scheduler.timesteps[-1])
     x0, eps = denoiser(x, last)
-    theirs = scheduler.step(eps, last, x, generator=torch.Generator().manual_seed(0)).prev_sample
+    output = torch.cat([eps, torch.ones_like(x)], dim=1) if learned else eps
+    theirs = scheduler.step(output, last, x, generator=torch.Generator().manual_seed(0)).prev_sample
     assert float((theirs - x0).abs().max()) > 1e-2
-    ours = sample_ddpm(denoiser, x, [(last, -1)], lambda t: torch.ones_like(x), variance="fixed_large")
+    ours = sample_ddpm(denoiser, x, [(last, -1)], lambda t: torch.ones_like(x), variance=variance)
     torch.testing.assert_close(ours, x0)
 
 
@@ -493,13 +527,13 @@ def test_peers_decoder_is_an_approximation_whose_levels_do_not_sum_to_one():
 
 
 def table() -> str:
-    """A Markdown page: what was compared, and the largest |ours - theirs| / (1 + |theirs|) of each case."""
+    """A Markdown page: what was compared, and the `largest_difference` of each case."""
     from importlib.metadata import version
 
     rows = []
     for name, case in CASES.items():
         ours, theirs = case()
-        rows.append(f"| {name} | {float(((ours - theirs).abs() / (1 + theirs.abs())).max()):.1e} |")
+        rows.append(f"| {name} | {largest_difference(ours, theirs):.1e} |")
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "denoising-diffusion-pytorch"))
     return "\n".join(
         [
@@ -508,9 +542,10 @@ def table() -> str:
             f"With {versions}. Made by `uv run --group bench python -m tests.diffusion_core.test_agreement`; the same cases are",
             "tests, with a bound of 1e-5.",
             "",
-            "The difference is |ours - theirs| / (1 + |theirs|), the largest over the images of all steps: float32, a network that is",
-            "not linear, the same noise. diffusers has no DDIM inverse over `linspace`. The weightings that a peer has are SNR and",
-            "min-SNR (all the others are tested against their formulas). DDIM inverse is compared in float64, since 50 clipped steps outwards multiply rounding.",
+            "The difference is |ours - theirs| / (1 + the largest |theirs| of the same step), the largest over all steps, from the same",
+            "noise through a network that is not linear. DDIM and DDPM are compared in float64 (the peers' tables stay in the float32",
+            "that they are made in), DPM-Solver++, which computes in float32 whatever it is given, and losses in float32. diffusers has no DDIM inverse over `linspace`. The weightings that a peer has are SNR and",
+            "min-SNR; all the others are tested against their formulas.",
             "",
             "| case | largest difference |",
             "|---|---|",
@@ -521,8 +556,8 @@ def table() -> str:
             "- diffusers' DDIM steps to t - T // S whatever its next timestep is. Where S does not divide T (`trailing`, 350 or 600",
             "  of 1000) and on `linspace` grids the image's noise level and the timestep that the network is told then drift apart,",
             "  and its result is further from the exact probability flow of a Gaussian than ours.",
-            "- diffusers' DDPM with `fixed_large` adds noise in the step to the clean image wherever that step starts above t = 0",
-            "  (`trailing`). Ours never does.",
+            "- diffusers' DDPM with `fixed_large` or a learned variance adds noise in the step to the clean image wherever that step",
+            "  starts above t = 0 (`trailing`). Ours never does.",
             "- diffusers' `linspace` of one step starts at t = 0, the clean end; ours starts at T - 1.",
             "- The discretised decoder of denoising-diffusion-pytorch (and of Improved DDPM) uses a tanh formula for the normal",
             "  distribution function; ours is exact, so that the probabilities of the 256 levels sum to 1.",

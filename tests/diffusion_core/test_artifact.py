@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -250,14 +251,14 @@ def test_wrong_value_in_the_description_is_refused_by_name(key, value, named, tm
 
 def test_weights_of_another_kind_of_number_are_refused(tmp_path):
     make_model().save(tmp_path / "model")
-    change_weights(tmp_path / "model", lambda weights: {**weights, "conv_in.bias": weights["conv_in.bias"].long()})
+    change_weights(tmp_path / "model", lambda weights: weights.update({"conv_in.bias": weights["conv_in.bias"].long()}))
     with pytest.raises(ValueError, match=r"conv_in\.bias is torch\.int64"):
         DiffusionModel.load(tmp_path / "model")
 
 
 def test_schedule_given_as_an_array_is_saved_with_the_model(tmp_path):
     array = make_schedule("sigmoid", num_steps=7).alphas_cumprod
-    make_model(schedule=NoiseSchedule(array)).save(tmp_path / "model")
+    replace(make_model(), schedule=NoiseSchedule(array)).save(tmp_path / "model")
     assert torch.equal(DiffusionModel.load(tmp_path / "model").schedule.alphas_cumprod, array)
 
 

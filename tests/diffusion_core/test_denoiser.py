@@ -100,6 +100,7 @@ def test_network_gets_what_its_signature_takes():
     for network in (full, Module(), lambda x, t, c, **rest: full(x, t, c, **rest)):
         Denoiser(network, SCHEDULE, "eps")(noisy(), 3, "condition", noisy())
         assert calls[-1][0] == "condition" and torch.equal(calls[-1][1], noisy())
+
     def three(x, t, condition=None):
         calls.append((condition, None))
         return x

@@ -91,8 +91,8 @@ def test_any_array_can_be_given():
     array = torch.linspace(0.99, 0.01, 17)
     schedule = given_schedule(array)
     assert torch.equal(schedule.alphas_cumprod, array.double())
-    for given in (array.double(), array.double().tolist(), array.double().numpy()):
-        assert NoiseSchedule(given).alpha_bar(16) == schedule.alpha_bar(16)
+    for values in (array.double(), array.double().tolist(), array.double().numpy()):
+        assert NoiseSchedule(values).alpha_bar(16) == schedule.alpha_bar(16)
     again = make_schedule(**NoiseSchedule(array.double()).config)
     assert torch.equal(again.alphas_cumprod, schedule.alphas_cumprod)
 
@@ -100,7 +100,9 @@ def test_any_array_can_be_given():
 def test_scaled_linear_runs_between_its_published_ends_at_any_length():
     for num_steps in (100, 1000):
         betas = make_schedule("scaled_linear", num_steps).betas()
-        assert float(betas[0]) == pytest.approx(0.00085, rel=1e-9) and float(betas[-1]) == pytest.approx(0.012, rel=1e-9)
+        assert float(betas[0]) == pytest.approx(0.00085, rel=1e-9) and float(betas[-1]) == pytest.approx(
+            0.012, rel=1e-9
+        )
 
 
 def test_bad_schedules_are_refused_with_the_remedy():

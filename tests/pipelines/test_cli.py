@@ -76,7 +76,7 @@ def test_folder_gets_one_file_an_image_with_its_label(model_dir: Path, tmp_path:
         (["--steps", "0"], "steps must be at least 1"),
         (["--steps", "500"], "a grid of 500 steps does not fit a schedule of 100"),
         (["--num", "0"], "--num: given 0"),
-        (["--seed", "-1"], "a seed must lie in"),
+        (["--seed", "-1"], "a seed must be a whole number"),
         (["--output", "x.jpg"], "ends in .png"),
     ],
 )

@@ -47,7 +47,6 @@ CASES = {
         "flip_sin_to_cos": False,
         "downsample_padding": 0,
         "norm_num_groups": 16,
-        "sample_size": (16, 16),
     },
     "class": {**SMALL, "num_class_embeds": 5},
     "scale_shift": {**SMALL, "resnet_time_scale_shift": "scale_shift"},

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 
@@ -35,6 +34,4 @@ def test_freed_memory_is_used_again_without_page_faults():
             subprocess.run([sys.executable, "-c", KEEP, mode], capture_output=True, text=True, check=True).stdout
         )
 
-    pages = 40_000_000 // os.sysconf("SC_PAGE_SIZE")
-    assert faults("keep") < 4 * pages
-    assert faults("default") > 10 * pages  # otherwise the call above would show nothing
+    assert faults("keep") < faults("default") / 3

@@ -1,0 +1,22 @@
+"""What several modules ask of their input."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+from torch import Tensor
+
+
+def is_whole(value: Any) -> bool:
+    """Whether ``value`` is an integer of Python or NumPy (a float never is, whatever its value)."""
+    return isinstance(value, Integral)
+
+
+def check_images(images: Any, name: str = "x0") -> None:
+    """Raise ValueError unless ``images`` is a (B, ...) batch of floats."""
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim < 2:
+        got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"{name} must be a (B, ...) batch of floats, got {got}: 8-bit images become floats by generation.to_float"
+        )

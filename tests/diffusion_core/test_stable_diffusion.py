@@ -213,3 +213,24 @@ def test_what_is_no_stable_diffusion_pipeline_is_refused_with_the_remedy(tmp_pat
                 **{**model.pipeline.components, "scheduler": flow}, requires_safety_checker=False
             )
         )
+
+
+def test_pipeline_in_bfloat16_takes_float32_latents(saved_pipeline):
+    half = load_stable_diffusion(saved_pipeline, dtype=torch.bfloat16)
+    condition = half.encode_prompts("a cat")
+    assert condition.shape[0] == 1 and condition.dtype == torch.bfloat16
+    sample = sample_ddim(half.denoiser(3.0), latents(), make_grid("trailing", 1000, 3), condition=condition)
+    assert sample.dtype == torch.float32 and torch.isfinite(sample).all()
+    assert half.decode_latents(half.encode_images(picture())).shape == (1, 3, 8, 8)
+
+
+def test_bad_input_is_refused_with_the_remedy(model):
+    grid = make_grid("trailing", 1000, 2)
+    with pytest.raises(ValueError, match="one prompt an image"):
+        sample_ddim(model.denoiser(1.0), latents(), grid)
+    with pytest.raises(ValueError, match=r"one prompt an image \(2\)"):
+        sample_ddim(model.denoiser(1.0), latents(count=2), grid, condition=model.encode_prompts(["a cat"]))
+    with pytest.raises(ValueError, match="batch of floats"):
+        model.encode_images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+        model.encode_images(torch.zeros(1, 1, 8, 8))

@@ -37,11 +37,11 @@ class Prediction:
 class Denoiser:
     """Turns ``network(x_t, t, condition, self_condition=None)`` into a `Prediction`.
 
-    A plain function ``(x_t, t)``, or ``(x_t, t, condition)``, can stand in for the network. ``clip``: None, or a bound that x0 is clamped to
-    (images lie in [-1, 1], so 1.0). After clipping, eps is derived again from the clipped x0 so that the two agree, unless
-    ``rederive_eps`` is off. ``dynamic_percentile``: the share p of dynamic thresholding in place of the clamp (see
-    `threshold_dynamically`); it needs ``clip``, the range that it keeps. ``self_conditioning``: the network takes its last
-    estimate of x0, which samplers then carry from step to step (arXiv 2208.04202). ``learned_variance``: the network
+    A plain function ``(x_t, t)``, or ``(x_t, t, condition)``, can stand in for the network. ``clip``: None, or a bound that
+    x0 is clamped to (images lie in [-1, 1], so 1.0). After clipping, eps is derived again from the clipped x0 so that the two
+    agree, unless ``rederive_eps`` is off. ``dynamic_percentile``: the share p of dynamic thresholding in place of the clamp
+    (see `threshold_dynamically`); it needs ``clip``, the range that it keeps. ``self_conditioning``: the network takes its
+    last estimate of x0, which samplers then carry from step to step (arXiv 2208.04202). ``learned_variance``: the network
     returns 2C channels, the second half for the variance (arXiv 2102.09672).
 
     Raises ValueError for an objective that the schedule cannot carry, options out of range, or a network that cannot be

@@ -119,6 +119,7 @@ def interpolate(
     condition: Any = None,
     start: int | None = None,
     fixed_point_steps: int = 0,
+    progress: bool = False,
 ) -> Tensor:
     """Images between two: invert both, `slerp` their latents, sample with DDIM, eta 0 (arXiv 2010.02502, section 5.3).
 
@@ -127,11 +128,13 @@ def interpolate(
     """
     part = restrict_grid(grid, highest=start)
     start_one, start_two = (
-        invert_ddim(denoiser, image, part, condition=condition, fixed_point_steps=fixed_point_steps)
+        invert_ddim(denoiser, image, part, condition=condition, fixed_point_steps=fixed_point_steps, progress=progress)
         for image in (first, second)
     )
     latents = [slerp(start_one, start_two, fraction) for fraction in fractions]
-    return torch.stack([sample_ddim(denoiser, latent, part, condition=condition) for latent in latents])
+    return torch.stack(
+        [sample_ddim(denoiser, latent, part, condition=condition, progress=progress) for latent in latents]
+    )
 
 
 @torch.no_grad()

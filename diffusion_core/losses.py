@@ -139,7 +139,8 @@ def variational_bound(
     ``variance`` as in `sample_ddpm`. ``grid``: the reverse chain, the full one unless given. ``decoder``: ``discretised``, the
     probability of an 8-bit level under the last Gaussian (eq. 13), for images of 256 levels in [-1, 1]; or ``density``, its
     density, for continuous data. Where the posterior variance would be 0, in the last pair, that of the pair before stands
-    in (arXiv 2102.09672, as its authors' code); ``fixed_large`` has beta there, where that code takes the stand-in. x0: (B, ...) float32. A denoiser with ``self_conditioning`` is asked without.
+    in (arXiv 2102.09672, as its authors' code); ``fixed_large`` has beta there, where that code takes the stand-in.
+    x0: (B, ...) float32. A denoiser with ``self_conditioning`` is asked without.
 
     Raises ValueError for unknown names, a learned variance of a network without, or a grid that is not down to -1.
     """

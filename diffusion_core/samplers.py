@@ -1,8 +1,9 @@
 """Samplers: one plain function each, over (denoiser, x_T, grid, noise). No hidden state.
 
-``grid`` is what `grids.make_grid` gives, or any list of steps. A part of a grid starts in the middle or stops early (`grids.restrict_grid`). ``callback`` sees every step, so that
-``steps = []; sample_ddim(..., callback=steps.append)`` keeps the trajectory of x_t and x0. ``progress=True`` shows a bar.
-A `Denoiser` clips its estimate of x0 to [-1, 1] unless built with ``clip=None``: data of another range needs that.
+``grid`` is what `grids.make_grid` gives, or any list of steps. A part of a grid starts in the middle or stops early
+(`grids.restrict_grid`). ``callback`` sees every step, so that ``steps = []; sample_ddim(..., callback=steps.append)`` keeps
+the trajectory of x_t and x0. ``progress=True`` shows a bar. A `Denoiser` clips its estimate of x0 to [-1, 1] unless built
+with ``clip=None``: data of another range needs that.
 """
 
 from __future__ import annotations

@@ -203,8 +203,9 @@ def load_extractor(folder: Path) -> FeatureExtractor:
 def register_with_torch_fidelity(extractor: FeatureExtractor) -> str:
     """Make ``extractor`` known to torch-fidelity; returns the name to pass as ``feature_extractor=`` to its functions.
 
-    It offers the layers "features" (for FID, KID, precision and recall) and "logits" (for the Inception score). The name carries the digest of the weights, because torch-fidelity keys its cached statistics by
-    name: other weights under the same name would be given stale ones. Registering again is no error.
+    It offers the layers "features" (for FID, KID, precision and recall) and "logits" (for the Inception score). The name
+    carries the digest of the weights, because torch-fidelity keys its cached statistics by name: other weights under the
+    same name would be given stale ones. Registering again is no error.
     """
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor

@@ -169,12 +169,17 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Linear, tokens: Tensor) -> Tensor:
-    """(B, N, C) to (B, N, C'), on a CPU in float32 as a 1x1 convolution.
+    """(B, N, C) to (B, N, C'), on several cores in float32 as a 1x1 convolution.
 
-    oneDNN's convolution is never slower there than MKL's matrix product, and twice as fast on the AMD processor
-    measured (docs/results/core.md).
+    oneDNN, which computes it, is twice as fast as the matrix product of MKL on the AMD processor with AVX-512 that was
+    measured (docs/results/core.md), and as fast on others. PyTorch does not ask oneDNN on a single core.
     """
-    if tokens.device.type != "cpu" or tokens.dtype != torch.float32 or not tokens.is_contiguous():
+    if (
+        tokens.device.type != "cpu"
+        or tokens.dtype != torch.float32
+        or not tokens.is_contiguous()
+        or torch.get_num_threads() == 1
+    ):
         return layer(tokens)
     as_map = tokens.transpose(1, 2).unsqueeze(2)  # (B, C, 1, N), lying channels-last
     return F.conv2d(as_map, layer.weight[:, :, None, None], layer.bias).squeeze(2).transpose(1, 2)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from pipelines.cluster import prepare_worker
 from pipelines.params import load_params
 from pipelines.registry.gate import COMPARED, judge
 from pipelines.search.driver import best_row
@@ -127,3 +129,12 @@ def test_search_settings_reach_the_training_loop(project: Project, monkeypatch: 
     assert (plain.schedule["name"], plain.objective) == ("cosine", "v")
     assert (tuned.schedule["name"], tuned.objective, tuned.learning_rate) == ("linear", "eps", 0.5)
     assert tuned.network["condition"] == {"kind": "class", "size": 2}
+
+
+def test_worker_takes_its_share_of_the_cores() -> None:
+    former = torch.get_num_threads()
+    try:
+        prepare_worker(1)
+        assert torch.get_num_threads() == 1 or torch.cuda.is_available()
+    finally:
+        torch.set_num_threads(former)

@@ -169,7 +169,7 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _linear(layer: nn.Linear, tokens: Tensor) -> Tensor:
-    """(B, N, C) to (B, N, C'), on several cores in float32 as a 1x1 convolution.
+    """(B, N, C) to (B, N, C'), in eager float32 on several cores as a 1x1 convolution.
 
     oneDNN, which computes it, is twice as fast as the matrix product of MKL on the AMD processor with AVX-512 that was
     measured (docs/results/core.md), and as fast on others. PyTorch does not ask oneDNN on a single core.
@@ -178,6 +178,8 @@ def _linear(layer: nn.Linear, tokens: Tensor) -> Tensor:
         tokens.device.type != "cpu"
         or tokens.dtype != torch.float32
         or not tokens.is_contiguous()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
         or torch.get_num_threads() == 1
     ):
         return layer(tokens)

@@ -172,7 +172,7 @@ def _linear(layer: nn.Linear, tokens: Tensor) -> Tensor:
     """(B, N, C) to (B, N, C'), in eager float32 on several cores as a 1x1 convolution.
 
     oneDNN, which computes it, is twice as fast as the matrix product of MKL on the AMD processor with AVX-512 that was
-    measured (docs/results/core.md), and as fast on others. PyTorch does not ask oneDNN on a single core.
+    measured; on the one with AVX2 the two were alike (docs/results/core.md). PyTorch does not ask oneDNN on a single core.
     """
     if (
         tokens.device.type != "cpu"

@@ -1,11 +1,11 @@
-"""Speed of the UNet against diffusers and denoising-diffusion-pytorch: one run, one machine, the same weights.
+"""Compare the speed of the UNet with diffusers and denoising-diffusion-pytorch, on one machine, with the same weights.
 
     uv run --group bench python benchmarks/core.py [--cases small cifar10] [--device cuda] [--compile] [--help]
 
-A training step is forward, backward, AdamW and EMA; a sample is a whole DDIM run. Ours and diffusers' networks hold the same
-weights and are compared before they are timed; denoising-diffusion-pytorch's is its own nearest one (its parameters are shown). The
-rounds of all contestants are interleaved, so that a busy machine slows all alike, and the fastest round counts. Peers that are not
-installed are left out: torch alone is enough to time ours. Prints Markdown; sections of ``--profile`` show where our time goes.
+A training step is forward, backward, AdamW and EMA; a sample is a whole DDIM run. Our network and diffusers' have the same
+weights, and their outputs are compared before they are timed. denoising-diffusion-pytorch runs its own nearest network (the table
+shows its parameters). The rounds of all contestants are interleaved, so that other load slows all alike, and the fastest round
+counts. Peers that are not installed are skipped. Prints Markdown; ``--profile`` adds the time per operator of our network.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ GOALS = {"eager": 1.5, "compiled": 1.0}
 
 @dataclass
 class Contestant:
-    """Something to time: a training step, and a sampling run of a number of DDIM steps."""
+    """A library to time: its training step, and its sampling run of a given number of DDIM steps."""
 
     library: str
     mode: str
@@ -112,7 +112,7 @@ def ours(case: str, weights: Any, data: dict[str, Tensor], settings: argparse.Na
 
 
 def theirs(case: str, weights: Any, data: dict[str, Tensor], settings: argparse.Namespace, precision: str, layout: str, mode: str) -> Contestant:  # fmt: skip
-    """diffusers' UNet2DModel with its own schedulers and EMA, as its examples use them."""
+    """diffusers' UNet2DModel with its own schedulers and EMA, as in its examples."""
     network = diffusers.UNet2DModel(**CASES[case])
     network.load_state_dict(weights)
     network = network.to(settings.device, memory_format=memory_format(layout))
@@ -147,7 +147,7 @@ def theirs(case: str, weights: Any, data: dict[str, Tensor], settings: argparse.
 
 
 def lucidrains(case: str, data: dict[str, Tensor], settings: argparse.Namespace, precision: str, layout: str) -> Contestant:  # fmt: skip
-    """denoising-diffusion-pytorch: full attention at 16x16, linear attention elsewhere, as it has it."""
+    """denoising-diffusion-pytorch with full attention at 16x16 and its linear attention elsewhere."""
     widths = CASES[case]["block_out_channels"]
     multipliers = tuple(width // widths[0] for width in widths)
     network = ddpm_pytorch.Unet(
@@ -180,7 +180,7 @@ def lucidrains(case: str, data: dict[str, Tensor], settings: argparse.Namespace,
 
 
 def build(case: str, weights: Any) -> UNet:
-    """Our network, with diffusers' weights where it is there to make them."""
+    """Build our network, with diffusers' weights unless they are None."""
     if weights is not None:
         return unet_from_diffusers(CASES[case], weights)
     options = config_from_diffusers(CASES[case])
@@ -188,10 +188,10 @@ def build(case: str, weights: Any) -> UNet:
 
 
 def measure(contestants: list[Contestant], settings: argparse.Namespace) -> None:
-    """Fill in the fastest of the rounds, one call of each contestant a round."""
+    """Time one call of each contestant per round and keep the fastest."""
     clock = time.process_time if settings.clock == "cpu" else time.perf_counter
     for task in ("train", "sample"):
-        for round_number in range(settings.rounds + 1):  # the first warms up, and compiles
+        for round_number in range(settings.rounds + 1):  # the first round warms up and compiles
             for contestant in contestants:
                 if contestant.failure:
                     continue
@@ -199,7 +199,7 @@ def measure(contestants: list[Contestant], settings: argparse.Namespace) -> None
                 work = contestant.train if task == "train" else partial(contestant.sample, steps)
                 try:
                     seconds = timed(work, settings.device, clock)
-                except Exception as error:  # a peer that fails is a row in the table, not the end of the run
+                except Exception as error:  # a peer that fails becomes a row of the table
                     contestant.failure = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
                     continue
                 if round_number > 0:
@@ -216,7 +216,7 @@ def timed(work: Callable[[], Any], device: str, clock: Callable[[], float] = tim
 
 
 def share_outside_network(case: str, weights: Any, data: dict[str, Tensor], settings: argparse.Namespace) -> float:
-    """The share of a DDIM run that is not spent in the network; the fastest of the rounds."""
+    """Return the share of a DDIM run that is spent outside the network, the smallest of the rounds."""
     network = build(case, weights).to(settings.device).eval()
     inside = 0.0
 
@@ -240,7 +240,7 @@ def share_outside_network(case: str, weights: Any, data: dict[str, Tensor], sett
 
 
 def profile(case: str, weights: Any, data: dict[str, Tensor], settings: argparse.Namespace, precision: str) -> str:
-    """Self time by operator of one of our eager training steps and of one call of the network, as Markdown."""
+    """Return the self time per operator of one eager training step and one call of our network, as Markdown."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -271,7 +271,7 @@ def profile(case: str, weights: Any, data: dict[str, Tensor], settings: argparse
 
 
 def table(case: str, precision: str, batch: int, contestants: list[Contestant], ddim_steps: int) -> str:
-    """Times, and how many times faster our best of the same mode is than each contestant."""
+    """Return the times, and their ratios to our best time of the same mode, as Markdown."""
     best = {
         (mode, task): min((getattr(c, task) for c in contestants if c.library == "rediffuse" and c.mode == mode), default=float("nan"))
         for mode in GOALS
@@ -310,19 +310,19 @@ def table(case: str, precision: str, batch: int, contestants: list[Contestant], 
 
 
 def compare_outputs(case: str, weights: Any, data: dict[str, Tensor], settings: argparse.Namespace) -> str:
-    """The largest difference of one float32 call of ours and diffusers' networks; refuses to time networks that differ."""
+    """Compare one float32 call of our network and diffusers'. Exits if they differ."""
     mine = build(case, weights).to(settings.device).eval()
     other = diffusers.UNet2DModel(**CASES[case]).to(settings.device).eval()
     other.load_state_dict(weights)
     with torch.no_grad():
         difference = float((mine(data["eps"], data["t"]) - other(data["eps"], data["t"]).sample).abs().max())
     if difference > (1e-5 if settings.device == "cpu" else 1e-3):
-        raise SystemExit(f"the networks of case {case} differ by {difference:.1e}: the comparison would mean nothing")
+        raise SystemExit(f"the networks of case {case} differ by {difference:.1e}, so their times cannot be compared")
     return f"Case {case}: same weights, largest difference of the outputs {difference:.1e}."
 
 
 def precisions(device: str) -> list[str]:
-    """float32, and bfloat16 where the hardware multiplies it (emulated, it is slower than float32 for everybody)."""
+    """Return float32, and bfloat16 if the hardware supports it (emulated, it is slower than float32)."""
     if device == "cuda":
         return ["float32", "bfloat16"] if torch.cuda.is_bf16_supported() else ["float32"]
     return ["float32", "bfloat16"] if torch.cpu._is_avx512_bf16_supported() else ["float32"]
@@ -337,7 +337,7 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
 
 
 def best_layout(device: str, precision: str) -> str:
-    """The layout that our own training takes; compilers, which lay maps out as they like, start from it too."""
+    """Return the layout of our training, which is also the initial layout of compiled networks."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     return "channels_last" if best_memory_format(device, dtype) == torch.channels_last else "contiguous"
 
@@ -374,7 +374,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--precisions", nargs="+", choices=("float32", "bfloat16"), help="what the hardware multiplies, unless given"
+        "--precisions", nargs="+", choices=("float32", "bfloat16"), help="default: those of the hardware"
     )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--ddim-steps", type=int, default=50)
@@ -384,20 +384,18 @@ def main() -> None:
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: processor time, for a machine that others use too (with --threads 1)",
+        help="cpu: processor time, for a shared machine (with --threads 1)",
     )
-    parser.add_argument(
-        "--compile", action="store_true", help="time torch.compile'd networks too (minutes each on a CPU)"
-    )
+    parser.add_argument("--compile", action="store_true", help="also time compiled networks (minutes each on a CPU)")
     parser.add_argument(
         "--layouts", nargs="+", choices=("contiguous", "channels_last"), default=["contiguous", "channels_last"]
     )
     parser.add_argument(
         "--default-allocator",
         action="store_true",
-        help="leave glibc as it is (else all contestants have the allocator that keeps freed memory)",
+        help="use glibc's default settings instead of keeping freed memory",
     )
-    parser.add_argument("--profile", action="store_true", help="show where the time of ours goes")
+    parser.add_argument("--profile", action="store_true", help="show the time per operator of our network")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     if not settings.default_allocator:
@@ -435,7 +433,7 @@ def main() -> None:
             if settings.profile:
                 print(profile(case, weights, data, settings, precision), end="\n\n", flush=True)
         share = share_outside_network(case, weights, data, settings)
-        print(f"Of our DDIM run, {share:.1%} is spent outside the network (goal: under 5%).", end="\n\n", flush=True)
+        print(f"{share:.1%} of the DDIM run is spent outside the network (goal: under 5%).", end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
 """The diffusion library: schedules, objectives, networks, samplers and metrics in plain PyTorch.
 
-Nothing here imports Ray, MLflow, DVC or ``pipelines``: a user can take this package alone.
+It imports neither Ray, MLflow, DVC nor ``pipelines``, so that it can be used alone.
 """

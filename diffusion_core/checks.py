@@ -1,4 +1,4 @@
-"""What several modules ask of their input."""
+"""Input checks that several modules share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def is_whole(value: Any) -> bool:
-    """Whether ``value`` is an integer of Python or NumPy (a float never is, whatever its value)."""
+    """Return whether ``value`` is a Python or NumPy integer; False for any float."""
     return isinstance(value, Integral)
 
 
@@ -18,5 +18,5 @@ def check_images(images: Any, name: str = "x0") -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim < 2:
         got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(
-            f"{name} must be a (B, ...) batch of floats, got {got}: 8-bit images become floats by generation.to_float"
+            f"{name} must be a (B, ...) batch of floats, got {got}: convert 8-bit images with diffusion_core.images.to_float"
         )

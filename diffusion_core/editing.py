@@ -1,6 +1,6 @@
 """Changing images with a trained model: edit, image to image, interpolate, inpaint.
 
-``condition`` is whatever the denoiser's network takes: all of it works for any kind. Guide by guiding the denoiser.
+``condition`` is what the denoiser's network takes; every function works for every kind. To guide, pass a guided denoiser.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def edit(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Invert ``x0`` under the source's condition, then sample with DDIM, eta 0, under the target's (arXiv 2203.08382).
+    """Invert ``x0`` under the source condition, then sample with DDIM, eta 0, under the target condition (arXiv 2203.08382).
 
-    ``start``: the grid level to go up to (the top unless given); a lower one keeps more of the image.
-    ``inversion_denoiser``: the denoiser to invert with, where the sampling one is guided: plain inversion follows the
-    model most closely with guidance scale 1. ``fixed_point_steps`` as in `invert_ddim`. The callback sees the sampling.
+    ``start``: the grid level to invert up to, by default the top; a lower one keeps more of the image.
+    ``inversion_denoiser``: the denoiser to invert with if the sampling one is guided; plain inversion follows the model most
+    closely at guidance scale 1. ``fixed_point_steps`` as in `invert_ddim`. The callback sees the sampling steps.
     x0: (B, ...) float32. Returns (B, ...). Raises ValueError as `restrict_grid` and `invert_ddim` do.
     """
     part = restrict_grid(grid, highest=start)
@@ -76,11 +76,11 @@ def image_to_image(
 ) -> Tensor:
     """Add noise to ``x0`` and sample from there: SDEdit (arXiv 2108.01073).
 
-    ``strength``: the share of the grid's steps to run, in (0, 1], at least one; 1 starts at the grid's top. The noise that
-    is added is ``noise(T)``. x0: (B, ...) float32. Returns (B, ...). Raises ValueError for a strength out of range.
+    ``strength``: the share of the grid's steps to run, in (0, 1]; at least one step runs, and 1 starts at the grid's top. The
+    added noise is ``noise(T)``. x0: (B, ...) float32. Returns (B, ...). Raises ValueError if strength is out of range.
     """
     if not 0.0 < strength <= 1.0:
-        raise ValueError(f"strength must lie above 0 and up to 1, got {strength}")
+        raise ValueError(f"strength must lie above 0 and be at most 1, got {strength}")
     grid = check_inputs(denoiser, x0, grid, "x0")
     part = grid[len(grid) - max(1, round(strength * len(grid))) :]
     x_t = add_noise(x0, draw(noise, denoiser.schedule.num_steps, x0), denoiser.schedule.alpha_bar(part[0][0]))
@@ -88,11 +88,11 @@ def image_to_image(
 
 
 def slerp(first: Tensor, second: Tensor, fraction: float) -> Tensor:
-    """Spherical interpolation of each image: (sin((1 - f) theta) first + sin(f theta) second) / sin(theta).
+    """Interpolate each image spherically: (sin((1 - f) theta) first + sin(f theta) second) / sin(theta).
 
-    theta is the angle between the two (arXiv 2010.02502, appendix D.5, eq. 67): the norm stays that of Gaussian noise,
-    where a straight line would pass through latents that are too small. Along a line where the two are (anti)parallel.
-    first, second: (B, ...) float. Raises ValueError for different shapes.
+    theta is the angle between the two (arXiv 2010.02502, appendix D.5, eq. 67). The norm stays that of Gaussian noise; a
+    straight line would pass through latents that are too small. (Anti)parallel images are interpolated linearly.
+    first, second: (B, ...) float. Raises ValueError if the shapes differ.
     """
     if first.shape != second.shape:
         raise ValueError(f"slerp needs two tensors of one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
@@ -121,9 +121,9 @@ def interpolate(
     fixed_point_steps: int = 0,
     progress: bool = False,
 ) -> Tensor:
-    """Images between two: invert both, `slerp` their latents, sample with DDIM, eta 0 (arXiv 2010.02502, section 5.3).
+    """Interpolate images: invert both, `slerp` their latents, sample with DDIM, eta 0 (arXiv 2010.02502, section 5.3).
 
-    first, second: (B, ...) float32 images under the same condition; ``start``: the grid level to go up to. Returns
+    first, second: (B, ...) float32 images under the same condition; ``start``: the grid level to invert up to. Returns
     (len(fractions), B, ...); fraction 0 reconstructs the first and 1 the second.
     """
     part = restrict_grid(grid, highest=start)
@@ -153,15 +153,15 @@ def inpaint(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Fill in what is not known: RePaint (arXiv 2201.09865, algorithm 1 and appendix B), over any grid.
+    """Fill in the unknown part of images: RePaint (arXiv 2201.09865, algorithm 1 and appendix B), over any grid.
 
-    After each step down, the known part is replaced by the image at that noise level (eq. 8a-8c). So that the two parts
-    agree, every ``jump_length`` steps the walk goes as many steps up again, adding noise, and comes down, ``resamples``
-    times in all; the paper's are 10 and 10 on 250 steps, and 1 resample means no jumps. eta 1 is the paper's DDPM step.
+    After each step down, the known part is replaced by the image at that noise level (eq. 8a-8c). To make the two parts
+    agree, every ``jump_length`` steps the walk jumps the same number of steps up, adding noise, and samples down again,
+    ``resamples`` times in total. The paper uses 10 and 10 on 250 steps; 1 resample means no jumps. eta 1 is its DDPM step.
 
-    x0: (B, ...) float32; known: 1 or True where x0 is to be kept, broadcastable to x0, values in between blend; x_T: (B,
-    ...) noise. ``noise`` is asked at T + 1, T + 2, ... in the order of the walk, apart from every address of plain
-    sampling. Returns (B, ...), equal to x0 where known. Raises ValueError for a mask that does not fit, or bad options.
+    x0: (B, ...) float32; known: broadcastable to x0, 1 or True where x0 is kept, values in between blend; x_T: (B, ...)
+    noise. ``noise`` is called with T + 1, T + 2, ... in the order of the walk; plain sampling uses none of these addresses.
+    Returns (B, ...), equal to x0 where known. Raises ValueError if the mask does not fit or an option is out of range.
     """
     check_eta(eta)
     grid = check_inputs(denoiser, x0, grid, "x0")
@@ -198,9 +198,9 @@ def inpaint(
 
 
 def repaint_walk(grid: Grid, jump_length: int, resamples: int) -> list[tuple[bool, tuple[int, int]]]:
-    """RePaint's walk over the grid as (down, pair): ``resamples - 1`` jumps up from every ``jump_length``-th level.
+    """Return RePaint's walk over the grid as (down, pair): ``resamples - 1`` jumps up from every ``jump_length``-th level.
 
-    Levels are counted from the clean image; the first jump is one step above it, and a jump never passes the grid's top.
+    Levels are counted from the clean image. The first jump starts one step above it; no jump passes the grid's top.
     """
     jumps = dict.fromkeys(range(1, len(grid) - jump_length + 1, jump_length), resamples - 1)
     walk, left = [], len(grid)

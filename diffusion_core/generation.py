@@ -1,4 +1,4 @@
-"""From a model, labels and a seed to uint8 images: the one path that evaluation, grids, the CLI and serving share."""
+"""From a model, conditions and a seed to uint8 images, with one address per sample."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from torch import Tensor
 
 from diffusion_core.artifact import DiffusionModel
 from diffusion_core.grids import make_grid
+from diffusion_core.images import to_uint8
 from diffusion_core.noise import NoiseSource
 from diffusion_core.samplers import Step, check_eta, sample_ddim
-
-CPU_BLOCK_SIZE = 16
-"""Rows of one network call on a CPU; see `generate`."""
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
     """A sampler setting: DDIM with ``eta`` over ``steps`` steps of a grid, at a guidance scale.
 
-    Raises ValueError for eta outside [0, 1] (or "sigma_hat") and for fewer than one step.
+    Raises ValueError if eta is not in [0, 1] or "sigma_hat", or steps is below 1.
     """
 
     steps: int = 50
@@ -36,14 +34,14 @@ class SamplerSettings:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] floats to uint8, rounded to the nearest level."""
-    return ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+def rows_per_call(device_type: str, num_samples: int) -> int:
+    """Return the default number of rows per network call.
 
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 images to float32 in [-1, 1]; `to_uint8` takes them back exactly."""
-    return images.to(torch.float32) / 127.5 - 1.0
+    16 on a CPU; otherwise the smallest power of two that holds ``num_samples``, at most 256.
+    """
+    if device_type == "cpu":
+        return 16
+    return min(256, 1 << max(num_samples - 1, 0).bit_length())
 
 
 @torch.inference_mode()
@@ -57,16 +55,17 @@ def generate(
     block_size: int | None = None,
     on_step: Callable[[Tensor, Step], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (positions, images): which rows of ``indices`` a block holds, and its (b, C, H, W) uint8 images.
+    """Yield (positions, images) per block: its rows of ``indices``, and their (b, C, H, W) uint8 images.
 
     condition: (N, ...) as the model's network takes it; indices: (N,) int64, the global numbers of the samples. Sample k
-    depends on (seed, k, its condition) alone. Its noise is the same bits in any batch. Matrix products round differently
-    for another number of rows, so the network is always called with exactly ``block_size`` rows, the last block padded, and
-    a sample keeps its row, k modulo the block size: its images are then the same bits too, whoever else is asked for.
-    ``block_size`` is 16 on a CPU unless given. ``on_step(positions, step)`` sees every sampling step.
+    depends only on (seed, k, its condition), and its noise is bit-identical in any batch. Matrix products round differently
+    for different numbers of rows, so every network call has exactly ``block_size`` rows, with the last block padded, and
+    sample k is always in row k modulo ``block_size``. Its image is then bit-identical for any batch composition at one
+    block size. Across block sizes, bit-identity is not promised on a GPU. ``block_size``: `rows_per_call` by default.
+    ``on_step(positions, step)`` sees every sampling step.
     """
     device = next(model.network.parameters()).device
-    block_size = block_size or (CPU_BLOCK_SIZE if device.type == "cpu" else 256)
+    block_size = block_size or rows_per_call(device.type, len(indices))
     denoiser = model.denoiser(settings.guidance_scale)
     grid = make_grid(settings.spacing, model.schedule.num_steps, settings.steps)
     source = NoiseSource(seed)
@@ -101,7 +100,7 @@ def generate(
 def generate_images(
     model: DiffusionModel, condition: Tensor, indices: Tensor, settings: SamplerSettings, **options
 ) -> Tensor:
-    """All images of `generate` as one (N, C, H, W) uint8 tensor, in the order of ``indices``."""
+    """Return all images of `generate` as one (N, C, H, W) uint8 tensor, in the order of ``indices``."""
     images = torch.empty((len(indices), *model.image_shape), dtype=torch.uint8)
     for positions, block in generate(model, condition, indices, settings, **options):
         images[positions] = block
@@ -109,9 +108,9 @@ def generate_images(
 
 
 def _aligned_blocks(indices: Tensor, block_size: int) -> Iterator[Tensor]:
-    """(block_size,) int64 positions into ``indices`` a block, -1 where empty: index k sits in row k modulo the block size.
+    """Yield (block_size,) int64 positions into ``indices``, -1 in empty rows; index k is in row k modulo ``block_size``.
 
-    Distinct indices that share a block of the whole sequence of samples go together; a repeated index starts a block.
+    Indices with the same k // block_size share a block; a repeated index starts another one.
     """
     pending: dict[int, list[Tensor]] = {}
     for position, index in enumerate(indices.tolist()):

@@ -1,4 +1,4 @@
-"""Which steps a sampler visits: an explicit list of (t, t_prev) pairs, highest noise first.
+"""Grids: the steps that a sampler visits, as an explicit list of (t, t_prev) pairs, highest noise first.
 
 ``t_prev`` is -1 in the last pair, where alpha_bar is exactly 1. No sampler computes a previous step by itself.
 """
@@ -16,15 +16,15 @@ SPACINGS = ("uniform", "leading", "trailing", "linspace", "quadratic")
 
 
 def make_grid(spacing: str, schedule_steps: int, num_steps: int) -> Grid:
-    """A grid of exactly ``num_steps`` distinct steps out of ``schedule_steps`` (T); any 1 <= S <= T.
+    """Return a grid of exactly ``num_steps`` (S) distinct steps out of ``schedule_steps`` (T), for any 1 <= S <= T.
 
     ``uniform``    floor(i T / S): the DDIM paper's linear sub-sequence (arXiv 2010.02502, appendix D.2)
-    ``leading``    i (T // S): the same where S divides T; otherwise it leaves out the top of the schedule
+    ``leading``    i (T // S): the same if S divides T; otherwise it does not reach the top of the schedule
     ``trailing``   round(T - i T / S) - 1: starts at the last step (arXiv 2305.08891, table 2)
     ``linspace``   round(i (T - 1) / (S - 1)): both ends of the schedule
-    ``quadratic``  floor((c i)^2) up to 0.8 T: the DDIM paper's for CIFAR-10; steps that coincide move up
+    ``quadratic``  floor((c i)^2) up to 0.8 T: the DDIM paper's choice for CIFAR-10; duplicate steps move up
 
-    Raises ValueError for an unknown spacing, or S outside 1 to T.
+    Raises ValueError if the spacing is unknown or S lies outside 1 to T.
     """
     if not is_whole(num_steps) or not 1 <= num_steps <= schedule_steps:
         raise ValueError(
@@ -41,7 +41,7 @@ def make_grid(spacing: str, schedule_steps: int, num_steps: int) -> Grid:
         steps = [_round_half_even(i * (total - 1), count - 1) for i in range(count)] if count > 1 else [total - 1]
     elif spacing == "quadratic":
         last = math.sqrt(total * 0.8)
-        spacing_of_roots = last / max(count - 1, 1)  # rounded as NumPy's linspace rounds, which the paper's code calls
+        spacing_of_roots = last / max(count - 1, 1)  # rounds like NumPy's linspace, which the paper's code calls
         roots = [i * spacing_of_roots for i in range(count - 1)] + [last]
         steps = [int(root * root) for root in roots] if count > 1 else [total - 1]
         for i in range(1, count):
@@ -53,22 +53,25 @@ def make_grid(spacing: str, schedule_steps: int, num_steps: int) -> Grid:
 
 
 def grid_from_steps(steps: Sequence[int], schedule_steps: int) -> Grid:
-    """The grid that visits the given steps (any order, distinct, in [0, T)) and then ends at the clean image."""
+    """Return the grid that visits the given steps (any order, distinct, in [0, T)) and ends at the clean image.
+
+    Raises ValueError if there are no steps, a step repeats, is not an integer, or lies outside the schedule.
+    """
     try:
         descending = sorted((operator.index(step) for step in steps), reverse=True)
     except TypeError:
-        raise ValueError(f"the steps of a grid are whole numbers, got {list(steps)}") from None
+        raise ValueError(f"the steps of a grid must be whole numbers, got {list(steps)}") from None
     if not descending or len(set(descending)) != len(descending):
-        raise ValueError(f"a grid needs at least one step and none twice, got {list(steps)}")
+        raise ValueError(f"a grid needs at least one step and no step twice, got {list(steps)}")
     if descending[-1] < 0 or descending[0] >= schedule_steps:
         raise ValueError(f"grid steps must lie in 0 to {schedule_steps - 1}, got {descending[-1]} to {descending[0]}")
     return list(zip(descending, [*descending[1:], -1], strict=True))
 
 
 def restrict_grid(grid: Grid | Sequence[int], *, highest: int | None = None, lowest: int = -1) -> Grid:
-    """The part of the grid from level ``highest`` down to level ``lowest``: to start in the middle, or to stop early.
+    """Return the part of the grid from level ``highest`` down to level ``lowest``: to start in the middle, or to stop early.
 
-    Raises ValueError unless both are levels of the grid (a level is a t or a t_prev) with something between them.
+    A level is a t or a t_prev. Raises ValueError unless both are levels of the grid and highest is above lowest.
     """
     grid = _pairs(grid)
     levels = [t for t, _ in grid] + ([grid[-1][1]] if grid else [])
@@ -78,13 +81,15 @@ def restrict_grid(grid: Grid | Sequence[int], *, highest: int | None = None, low
             raise ValueError(f"level {level} is not on the grid; its levels are {levels}")
     part = [(t, t_prev) for t, t_prev in grid if t <= highest and t_prev >= lowest]  # type: ignore[operator]
     if not part:
-        raise ValueError(f"nothing lies between level {highest} and level {lowest}: highest must be above lowest")
+        raise ValueError(f"no step lies between level {highest} and level {lowest}: highest must be above lowest")
     return part
 
 
 def check_grid(grid: Grid | Sequence[int], schedule_steps: int) -> Grid:
-    """The grid, a plain list of steps turned into pairs. Raises ValueError unless the pairs lie in the schedule and each
-    goes down and joins the next."""
+    """Return the grid as pairs; convert a plain list of steps.
+
+    Raises ValueError unless every pair lies in the schedule, goes down, and ends where the next one starts.
+    """
     grid = _pairs(grid)
     if not grid:
         raise ValueError("an empty grid samples nothing")
@@ -103,12 +108,14 @@ def _pairs(grid: Grid | Sequence[int]) -> Grid:
         return grid_from_steps(grid, max(grid) + 1) if len(grid) else []  # type: ignore
     for entry in grid:
         if not isinstance(entry, Sequence) or len(entry) != 2 or not all(is_whole(step) for step in entry):
-            raise ValueError(f"a grid is a list of pairs (t, t_prev) of whole numbers, or of steps; it holds {entry!r}")
+            raise ValueError(
+                f"a grid must be a list of pairs (t, t_prev) of whole numbers, or of steps; it holds {entry!r}"
+            )
     return list(grid)  # type: ignore[arg-type]
 
 
 def _round_half_even(numerator: int, denominator: int) -> int:
-    """round(numerator / denominator) in exact arithmetic, halves to even as NumPy rounds."""
+    """Return round(numerator / denominator) in exact arithmetic; halves round to even, as in NumPy."""
     quotient, remainder = divmod(numerator, denominator)
     if 2 * remainder > denominator or (2 * remainder == denominator and quotient % 2):
         quotient += 1

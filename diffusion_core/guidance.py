@@ -1,7 +1,7 @@
-"""Guidance: one network's output pushed away from a weaker one's, as a network around networks.
+"""Guidance pushes one network's output away from a weaker one's. A guided network is itself a network.
 
-At a given x_t, eps, x0 and v are affine in each other, so guiding any of them is the same guidance (rescaling is not).
-Of a network with a learned variance only the first half of the channels is guided; the variance stays the conditional one's.
+At a given x_t, eps, x0 and v are affine in each other, so guiding any of them gives the same result (rescaling does not).
+If the network learned its variance, only the first half of the channels is guided; the variance is the conditional one's.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 
 from diffusion_core.checks import is_whole
-from diffusion_core.denoiser import Network, call_network
-from diffusion_core.objectives import per_image
+from diffusion_core.objectives import Network, per_image
 from diffusion_core.schedules import NoiseSchedule
 
 Interval = tuple[int, int]
-"""The steps (lowest, highest), both included, at which guidance acts; elsewhere the output is the conditional one."""
+"""The steps (lowest, highest), both included, at which guidance acts; outside, the output is the conditional one."""
 
 
 @dataclass(frozen=True)
 class ClassifierFreeGuidance:
     """output = unconditional + scale (conditional - unconditional), in one batched call (arXiv 2207.12598, eq. 6).
 
-    Scale 1 is the conditional network, 0 the unconditional one (both then run alone), above 1 extrapolates; the paper's
-    weight is w = scale - 1. ``null_condition``: a batch of one null condition, as the network takes it, or one an image.
-    ``rescale``: 0 to 1, how far the output's spread is brought back to the conditional one's (arXiv 2305.08891, eq. 15-16).
+    Scale 1 runs the conditional network alone, scale 0 the unconditional one alone, above 1 extrapolates; the paper's weight
+    is w = scale - 1. ``null_condition``: a batch of one null condition, as the network takes it, or one per image.
+    ``rescale``: 0 to 1, how far the output's spread is moved back to the conditional one's (arXiv 2305.08891, eq. 15-16).
     ``interval``: guide only at these steps (arXiv 2404.07724); see `steps_between_sigmas`.
 
-    Raises ValueError for a rescale outside [0, 1], an empty interval, or (when called) conditions that are not one an image.
+    Raises ValueError if the scale is not finite, rescale is outside [0, 1], the interval is empty, or a call does not get one
+    condition per image.
     """
 
     network: Network
@@ -45,22 +45,23 @@ class ClassifierFreeGuidance:
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any, self_condition: Tensor | None = None) -> Tensor:
         if condition is None:
-            raise ValueError("guidance needs a condition to guide towards: pass condition=, or use the bare network")
+            raise ValueError(
+                "guidance needs a condition to guide towards: pass condition=, or use the unguided network"
+            )
         if not isinstance(condition, Tensor) or condition.shape[:1] != x_t.shape[:1]:
             got = tuple(condition.shape) if isinstance(condition, Tensor) else type(condition).__name__
-            raise ValueError(f"guidance needs a tensor of one condition for each of {x_t.shape[0]} images, got {got}")
+            raise ValueError(f"guidance needs a tensor with one condition for each of {x_t.shape[0]} images, got {got}")
         if self.null_condition.shape[0] not in (1, x_t.shape[0]):
             raise ValueError(
-                f"null_condition holds {self.null_condition.shape[0]} nulls for {x_t.shape[0]} images: give one, or one an image"
+                f"null_condition holds {self.null_condition.shape[0]} nulls for {x_t.shape[0]} images: give one, or one per image"
             )
         scale = _scale_at(t, self.scale, self.interval)
         if scale == 1.0:
-            return call_network(self.network, x_t, t, condition, self_condition)
+            return self.network(x_t, t, condition, self_condition)
         null = self.null_condition.to(x_t.device).expand(x_t.shape[0], *self.null_condition.shape[1:])
         if scale == 0.0:
-            return call_network(self.network, x_t, t, null, self_condition)
-        both = call_network(
-            self.network,
+            return self.network(x_t, t, null, self_condition)
+        both = self.network(
             torch.cat([x_t, x_t]),
             torch.cat([t, t]),
             torch.cat([condition, null.to(condition.dtype)]),
@@ -74,8 +75,8 @@ class ClassifierFreeGuidance:
 class Autoguidance:
     """output = weak + scale (strong - weak): guidance by a weaker network with the same condition (arXiv 2406.02507, eq. 4).
 
-    ``weak_network``: smaller or less trained, of the same objective and schedule. Scale 1 is the strong network alone, 0
-    the weak one. ``rescale`` and ``interval`` as in `ClassifierFreeGuidance`.
+    ``weak_network``: smaller or less trained, with the same objective and schedule. Scale 1 runs the strong network alone,
+    scale 0 the weak one. ``rescale`` and ``interval`` as in `ClassifierFreeGuidance`, and so are the errors of construction.
     """
 
     network: Network
@@ -90,19 +91,19 @@ class Autoguidance:
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any = None, self_condition: Tensor | None = None) -> Tensor:
         scale = _scale_at(t, self.scale, self.interval)
         if scale == 0.0:
-            return call_network(self.weak_network, x_t, t, condition, self_condition)
-        strong = call_network(self.network, x_t, t, condition, self_condition)
+            return self.weak_network(x_t, t, condition, self_condition)
+        strong = self.network(x_t, t, condition, self_condition)
         if scale == 1.0:
             return strong
-        weak = call_network(self.weak_network, x_t, t, condition, self_condition)
+        weak = self.weak_network(x_t, t, condition, self_condition)
         return extrapolate(strong, weak, scale, self.rescale, x_t.shape[1])
 
 
 def extrapolate(strong: Tensor, weak: Tensor, scale: float, rescale: float, channels: int) -> Tensor:
-    """weak + scale (strong - weak) over the first ``channels`` channels; the strong one's others stay.
+    """Return g = weak + scale (strong - weak) over the first ``channels`` channels; the others are the strong network's.
 
-    With ``rescale`` phi, g the result and s the standard deviation of each image's output:
-    phi g s(strong) / s(g) + (1 - phi) g (arXiv 2305.08891, eq. 15-16).
+    With ``rescale`` phi, the result is phi g s(strong) / s(g) + (1 - phi) g, where s is the standard deviation of each image's
+    output (arXiv 2305.08891, eq. 15-16).
     """
     rest, strong, weak = strong[:, channels:], strong[:, :channels], weak[:, :channels]
     guided = weak + scale * (strong - weak)
@@ -114,9 +115,9 @@ def extrapolate(strong: Tensor, weak: Tensor, scale: float, rescale: float, chan
 
 
 def steps_between_sigmas(schedule: NoiseSchedule, sigma_low: float, sigma_high: float) -> Interval:
-    """The steps whose noise level sigma = sqrt((1 - a) / a) lies in (sigma_low, sigma_high] (arXiv 2404.07724, eq. 6).
+    """Return the steps whose noise level sigma = sqrt((1 - a) / a) lies in (sigma_low, sigma_high] (arXiv 2404.07724, eq. 6).
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     sigma = schedule.sigma(torch.arange(schedule.num_steps))
     steps = torch.nonzero((sigma > sigma_low) & (sigma <= sigma_high)).flatten()
@@ -128,7 +129,7 @@ def steps_between_sigmas(schedule: NoiseSchedule, sigma_low: float, sigma_high: 
 
 
 def _scale_at(t: Tensor, scale: float, interval: Interval | None) -> float:
-    """The scale at these steps, 1 outside the interval; a sampler has every image of a batch at the same step."""
+    """Return the scale at these steps, 1 outside the interval. Raises ValueError if only some of them lie inside."""
     if interval is None:
         return float(scale)
     inside = (t >= interval[0]) & (t <= interval[1])
@@ -141,12 +142,12 @@ def _scale_at(t: Tensor, scale: float, interval: Interval | None) -> float:
 
 def _check_options(scale: float, rescale: float, interval: Interval | None) -> None:
     if not math.isfinite(scale):
-        raise ValueError(f"a guidance scale is a finite number, got {scale}")
+        raise ValueError(f"a guidance scale must be a finite number, got {scale}")
     if interval is not None and not all(is_whole(step) for step in interval):
         raise ValueError(
-            f"a guidance interval is of steps, got {interval}: steps_between_sigmas turns noise levels into steps"
+            f"a guidance interval holds steps, got {interval}: convert noise levels with steps_between_sigmas"
         )
     if not 0.0 <= rescale <= 1.0:
         raise ValueError(f"guidance rescale must lie in 0 to 1, got {rescale}")
     if interval is not None and interval[0] > interval[1]:
-        raise ValueError(f"a guidance interval goes from its lowest to its highest step, got {interval}")
+        raise ValueError(f"a guidance interval must go from its lowest to its highest step, got {interval}")

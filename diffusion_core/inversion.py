@@ -1,23 +1,23 @@
-"""From an image back to the latent that a deterministic sampler would make it from, and back again.
+"""Inversion: from an image to the latent from which a deterministic sampler produces it, and back.
 
-A trajectory is ``{level: x}``: the image at each level of a grid, -1 being the clean one.
+A trajectory is ``{level: x}``: the image at each level of a grid. Level -1 is the clean image.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion_core.denoiser import Denoiser, Network, call_network
+from diffusion_core.denoiser import Denoiser
 from diffusion_core.grids import Grid, check_grid, restrict_grid
 from diffusion_core.guidance import Autoguidance, ClassifierFreeGuidance
 from diffusion_core.networks.conditioning import ConditionSpec
-from diffusion_core.objectives import per_image
+from diffusion_core.objectives import Network, per_image
 from diffusion_core.samplers import Callback, Step, check_inputs, ddim_step, sample_ddim, steps_of
 
 Trajectory = dict[int, Tensor]
@@ -35,20 +35,21 @@ def invert_ddim(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """The latent at the grid's first level from which `sample_ddim` with eta 0 leads back to ``x0``.
+    """Return the latent at the grid's first level from which `sample_ddim` with eta 0 reconstructs ``x0``.
 
     Walks the sampling grid upwards. From level s to t, with (x0_hat, eps) = denoiser(x_s, t) (arXiv 2010.02502, section
-    4.3 and eq. 13): x_t = sqrt(a_t) x0_hat + sqrt(1 - a_t) eps. Because the network sees x_s where the sampler will show
-    it x_t, the round trip has a gap of first order in the step. ``fixed_point_steps`` closes it: x_t <- x_t + w (x_s - step(x_t)),
-    step being the sampler's own from t to s. Its fixed point is the exact inverse, which is the equation that AIDI solves by
-    iteration (arXiv 2309.04907, section 3); written so, as a residual, it also converges near pure noise, where iterating
-    on eps alone stalls. w is 1 at first, then for each image the secant through its last two tries, and halved where its gap
-    |x_s - step(x_t)| would grow (Barzilai and Borwein, IMA J. Numer. Anal. 8, 1988, with that safeguard). An image stops once no
-    element of its gap is above ``tolerance``, or after that many network calls a level. With ``self_conditioning`` the gap is
-    that of a sampler which carries the estimates of this walk; the sampler carries its own, so that some of it stays.
+    4.3 and eq. 13): x_t = sqrt(a_t) x0_hat + sqrt(1 - a_t) eps. The network sees x_s here but x_t in the sampler, so the
+    round trip has a gap of first order in the step. ``fixed_point_steps`` closes it: x_t <- x_t + w (x_s - step(x_t)), where
+    step is the sampler's own step from t to s. Its fixed point is the exact inverse, the solution of AIDI's equation
+    (arXiv 2309.04907, section 3). In this residual form the iteration also converges near pure noise, where iterating on
+    eps alone stalls. w starts at 1; then each image takes the secant through its last two tries, or half of its last w if its
+    gap |x_s - step(x_t)| would grow (Barzilai and Borwein, IMA J. Numer. Anal. 8, 1988, with that safeguard). An image stops
+    when no element of its gap is above ``tolerance``, or after ``fixed_point_steps`` network calls per level. With
+    ``self_conditioning`` part of the gap stays, because the sampler carries its own estimates and not those of this walk.
 
     x0: (B, ...) float32 at the grid's last level (-1, the clean image, or any middle latent). Returns (B, ...). The
-    callback sees Step(t, s, x_t, x0_hat) for each step up. Raises ValueError for a grid that does not fit the schedule.
+    callback sees Step(t, s, x_t, x0_hat) for each step up. Raises ValueError if the grid does not fit the schedule, x0 is not a
+    float batch, or an option is negative.
     """
     grid = check_inputs(denoiser, x0, grid, "x0")
     if fixed_point_steps < 0 or tolerance < 0:
@@ -72,7 +73,7 @@ def invert_ddim(
             best, residual = torch.where(closer, raised, best), torch.where(closer, gap, residual)
             x0_hat = torch.where(closer, prediction.x0, x0_hat)
             smallest = torch.where(closer, norm, smallest)
-            # the last try is not evaluated any more: no long jump there
+            # the last try is not evaluated: do not let it jump far
             tried = best + (weight.clamp(max=2.0) if step + 1 == fixed_point_steps else weight) * residual
             if tolerance > 0.0:
                 done = per_image(residual.flatten(1).abs().amax(dim=1) <= tolerance, x)
@@ -89,9 +90,9 @@ def invert_ddim(
 
 
 def _secant_weight(moved: Tensor, closed: Tensor) -> Tensor:
-    """(B, 1, ...): <moved, closed> / <closed, closed>, within [1/8, 1e6]: what would have closed the gap best; 1 before any move.
+    """Return (B, 1, ...): <moved, closed> / <closed, closed> within [1/8, 1e6], or 1 before the first move.
 
-    Where a step is so long that step(x_t) hardly depends on x_t, it takes a large one to close the gap.
+    This weight would have closed the last gap best. It is large if a step is so long that step(x_t) hardly depends on x_t.
     """
     product = (moved * closed).flatten(1).sum(dim=1)
     weight = (product / closed.square().flatten(1).sum(dim=1)).clamp(0.125, 1e6)
@@ -100,7 +101,7 @@ def _secant_weight(moved: Tensor, closed: Tensor) -> Tensor:
 
 
 def invert_trajectory(denoiser: Denoiser, x0: Tensor, grid: Grid, **options: Any) -> Trajectory:
-    """Every image of `invert_ddim`, by level: {-1: x0, ..., t: x_t}. ``options`` are those of `invert_ddim`."""
+    """Return every image of `invert_ddim` by level: {-1: x0, ..., t: x_t}. ``options`` are those of `invert_ddim`."""
     grid = check_grid(grid, denoiser.schedule.num_steps)
     trajectory = {grid[-1][1]: x0}
     seen = options.pop("callback", None)
@@ -117,10 +118,10 @@ def invert_trajectory(denoiser: Denoiser, x0: Tensor, grid: Grid, **options: Any
 def reconstruct(
     denoiser: Denoiser, trajectory: Mapping[int, Tensor], grid: Grid, *, start: int | None = None, **options: Any
 ) -> Tensor:
-    """Sample back with DDIM, eta 0, from the trajectory's latent at level ``start`` (its highest unless given).
+    """Sample with DDIM, eta 0, from the trajectory's latent at level ``start`` (its highest level by default).
 
-    ``options`` are those of `sample_ddim` (condition, callback, progress). Raises ValueError for a level that the
-    trajectory or the grid does not have.
+    ``options`` are those of `sample_ddim` (condition, callback, progress). Raises ValueError if the trajectory or the grid
+    does not have this level.
     """
     if not trajectory:
         raise ValueError("an empty trajectory has no level to start from")
@@ -141,19 +142,20 @@ def optimise_null_condition(
     tolerance: float = 0.0,
     progress: bool = False,
 ) -> list[Denoiser]:
-    """One denoiser a grid step, whose null condition was tuned until guided sampling follows ``trajectory``.
+    """Return one denoiser per grid step, with a null condition tuned so that guided sampling follows ``trajectory``.
 
-    Null-text inversion (arXiv 2211.09794, algorithm 1). The trajectory is an inversion with guidance scale 1, the pivot;
-    from its highest level down, the null of step t minimises |x*_s - step(x_t, t, null)|^2 by ``inner_steps`` of Adam,
-    starting from the null of the step before, and x_s = step(x_t, t, null) goes on. `sample_with_denoisers` replays it,
-    also with another condition, to edit. Stops a step early once each image's mean squared gap is at most ``tolerance``.
+    Null-text inversion (arXiv 2211.09794, algorithm 1). The trajectory is the pivot, an inversion with guidance scale 1.
+    From its highest level down, the null of step t minimises |x*_s - step(x_t, t, null)|^2 with ``inner_steps`` of Adam,
+    starting from the null of the step before; the next step starts at x_s = step(x_t, t, null). `sample_with_denoisers`
+    replays it, also with another condition to edit. A step ends early when the mean squared gap of each image is at most
+    ``tolerance``.
 
-    ``denoiser`` must be guided by `ClassifierFreeGuidance`. For any kind of condition: a null of plain floats (a text
-    embedding) is tuned itself, (B, ...) float; a null that is only a mark (class, multi-hot, vector) is tuned as what the
-    network's condition embedding makes of it (the modules that hold a ``spec``, a ConditionSpec). The network's weights stay as they are.
+    ``denoiser`` must be guided by `ClassifierFreeGuidance`. Every kind of condition works. A null of plain floats (a text
+    embedding) is tuned itself, (B, ...) float. If the null is only a mark (class, multi-hot, vector), the output of the
+    network's condition embedding for it is tuned: the modules with a ConditionSpec as ``spec``. The weights do not change.
 
-    Raises ValueError for an unguided denoiser, guidance scale 1, inner_steps below 0, or a trajectory without one of the
-    grid's levels.
+    Raises ValueError if the denoiser is not guided, the guidance scale is 1, inner_steps is negative, or the trajectory lacks
+    a level of the grid.
     """
     guidance = denoiser.network
     if not isinstance(guidance, ClassifierFreeGuidance):
@@ -179,14 +181,14 @@ def optimise_null_condition(
                 at_t = dataclasses.replace(denoiser, network=_guided_by(guidance, null))
                 gap = (ddim_step(at_t, at_t(x, t, condition, carried), t, t_prev) - aim).square().flatten(1).mean(dim=1)
                 done = gap.detach() <= tolerance
-                if bool(done.all()) or not gap.requires_grad:  # outside a guidance interval the null takes no part
+                if bool(done.all()) or not gap.requires_grad:  # outside a guidance interval the null is not used
                     break
                 gradients = torch.autograd.grad(gap.sum(), null)
                 before = [value.detach().clone() for value in null]
                 for value, gradient in zip(null, gradients, strict=True):
                     value.grad = gradient
                 optimizer.step()
-                with torch.no_grad():  # Adam's momentum must not move an image that is done
+                with torch.no_grad():  # Adam's momentum must not move the null of an image that is done
                     for value, former in zip(null, before, strict=True):
                         value.copy_(torch.where(per_image(done, value), former, value))
         null = [value.detach() for value in null]
@@ -208,12 +210,12 @@ def sample_with_denoisers(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """DDIM with eta 0 and another denoiser at each step of the grid, as `optimise_null_condition` returns them.
+    """Sample with DDIM, eta 0, and one denoiser per grid step, as `optimise_null_condition` returns them.
 
-    Raises ValueError unless there is one denoiser a step.
+    Raises ValueError unless there is one denoiser per step.
     """
     if len(denoisers) != len(grid):
-        raise ValueError(f"{len(grid)} grid steps need as many denoisers, got {len(denoisers)}")
+        raise ValueError(f"{len(grid)} grid steps need {len(grid)} denoisers, got {len(denoisers)}")
     grid = check_inputs(denoisers[0], x_T, grid) if denoisers else []
     x, carried = x_T, None
     for denoiser, (t, t_prev) in steps_of(list(zip(denoisers, grid, strict=True)), progress, "DDIM"):
@@ -226,21 +228,21 @@ def sample_with_denoisers(
 
 
 def _embedding_modules(network: Network) -> list[nn.Module]:
-    """The modules that turn a condition into numbers: those that hold the ConditionSpec as ``spec``."""
+    """Return the modules that embed a condition: those with a ConditionSpec as ``spec``."""
     modules = network.modules() if isinstance(network, nn.Module) else ()
     specs = ((module, getattr(module, "spec", None)) for module in modules)
     return [module for module, spec in specs if isinstance(spec, ConditionSpec) and spec.kind != "none"]
 
 
 def _start_null(guidance: ClassifierFreeGuidance, x: Tensor, t: int) -> list[Tensor]:
-    """The null as a list of float tensors, each with one row an image: itself, or what each embedding module makes of it."""
+    """Return the null as float tensors with one row per image: the null itself, or the output of each embedding module."""
     null = guidance.null_condition.to(x.device).expand(x.shape[0], *guidance.null_condition.shape[1:])
     modules = _embedding_modules(guidance.network)
     if not modules:
         if not null.is_floating_point() or bool(torch.isnan(null).any()):
             raise ValueError(
                 "this null condition is a mark, not numbers that can be tuned, and the network has no condition "
-                "embedding whose output could be tuned in its place"
+                "embedding whose output could be tuned instead"
             )
         return [null]
     outputs: dict[nn.Module, Tensor] = {}
@@ -251,12 +253,12 @@ def _start_null(guidance: ClassifierFreeGuidance, x: Tensor, t: int) -> list[Ten
     with contextlib.ExitStack() as stack, torch.no_grad():
         for module in modules:
             stack.callback(module.register_forward_hook(keep).remove)
-        call_network(guidance.network, x, torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device), null)
+        guidance.network(x, torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device), null, None)
     return [outputs[module] for module in modules]
 
 
 def _guided_by(guidance: ClassifierFreeGuidance, null: list[Tensor]) -> Network:
-    """The same guidance with this null: tensors as `_start_null` gives them."""
+    """Return the same guidance with this null: tensors as `_start_null` returns them."""
     modules = _embedding_modules(guidance.network)
     if not modules:
         return dataclasses.replace(guidance, null_condition=null[0])
@@ -266,20 +268,20 @@ def _guided_by(guidance: ClassifierFreeGuidance, null: list[Tensor]) -> Network:
 
 def _network_with_embeddings(
     network: Network, null_condition: Tensor, modules: list[nn.Module], embeddings: list[Tensor]
-) -> Callable[..., Tensor]:
-    """The network, ignoring its condition: each embedding module returns the given (B, ...) tensor instead."""
+) -> Network:
+    """Return the network with its condition ignored: each embedding module returns the given (B, ...) tensor."""
 
     def unconditional(x_t: Tensor, t: Tensor, condition: Any = None, self_condition: Tensor | None = None) -> Tensor:
         null = null_condition.to(x_t.device).expand(x_t.shape[0], *null_condition.shape[1:])
         with _outputs_replaced(modules, embeddings):
-            return call_network(network, x_t, t, null, self_condition)
+            return network(x_t, t, null, self_condition)
 
     return unconditional
 
 
 @contextlib.contextmanager
 def _outputs_replaced(modules: list[nn.Module], replacements: list[Tensor]) -> Iterator[None]:
-    """Each module returns its replacement; of several outputs (tokens and their mask) the first is replaced."""
+    """Make each module return its replacement. If a module has several outputs (tokens and their mask), replace the first."""
     with contextlib.ExitStack() as stack:
         for module, replacement in zip(modules, replacements, strict=True):
 

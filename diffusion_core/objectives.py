@@ -8,20 +8,28 @@ All functions take ``alpha_bar`` as a Python float, or as a tensor that broadcas
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from diffusion_core.schedules import NoiseSchedule
 
 OBJECTIVES = ("eps", "x0", "v")
 
+Network = Callable[..., Tensor]
+"""``network(x_t, t, condition, self_condition=None)``, the one call form. x_t: (B, C, ...) float; t: (B,) int64; condition:
+as its `ConditionSpec` describes it, or None; self_condition: an estimate of x0 shaped as x_t, or None. Returns (B, C, ...), or
+(B, 2C, ...) if it learned its variance."""
+
 
 def check_objective(objective: str, schedule: NoiseSchedule) -> None:
-    """Refuse an unknown objective, and eps where the last step holds no signal (x_0 could not be recovered)."""
+    """Raise ValueError if the objective is unknown, or is eps and the schedule's last step is pure noise."""
     _check_name(objective)
     if objective == "eps" and schedule.has_zero_terminal_snr:
         raise ValueError(
-            "objective 'eps' cannot be used with zero_terminal_snr: at the last step the image is pure noise "
-            "and eps says nothing of x0; use objective 'v' or 'x0'"
+            "objective 'eps' cannot be used with zero_terminal_snr: the image of the last step is pure noise "
+            "and x0 cannot be computed from eps; use objective 'v' or 'x0'"
         )
 
 
@@ -31,13 +39,13 @@ def _check_name(objective: str) -> None:
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor | float) -> Tensor:
-    """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, the forward marginal (DDPM eq. 4)."""
+    """Return x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, a draw of the forward marginal (DDPM eq. 4)."""
     signal, noise = _roots(alpha_bar, x0)
     return signal * x0 + noise * eps
 
 
 def target(objective: str, x0: Tensor, eps: Tensor, alpha_bar: Tensor | float) -> Tensor:
-    """What a network with this objective should return for (x_0, eps) at this noise level."""
+    """Return the training target of a network with this objective at this noise level."""
     _check_name(objective)
     if objective == "eps":
         return eps
@@ -48,7 +56,7 @@ def target(objective: str, x0: Tensor, eps: Tensor, alpha_bar: Tensor | float) -
 
 
 def to_x0(objective: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor | float) -> Tensor:
-    """x_0 from the network's output. For eps, alpha_bar must be above 0."""
+    """Return x_0, computed from the network's output. For eps, alpha_bar must be above 0."""
     _check_name(objective)
     if objective == "x0":
         return output
@@ -59,7 +67,7 @@ def to_x0(objective: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor | float
 
 
 def to_eps(objective: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor | float) -> Tensor:
-    """eps from the network's output. For x0, alpha_bar must be below 1."""
+    """Return eps, computed from the network's output. For x0, alpha_bar must be below 1."""
     _check_name(objective)
     if objective == "eps":
         return output
@@ -70,9 +78,9 @@ def to_eps(objective: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor | floa
 
 
 def convert(source: str, destination: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor | float) -> Tensor:
-    """The output of a network with objective ``source`` as one with objective ``destination`` would give it.
+    """Convert the output of a network with objective ``source`` to objective ``destination``.
 
-    output, x_t: (B, ...). alpha_bar must be above 0 where the source is eps and below 1 where it is x0.
+    output, x_t: (B, ...). alpha_bar must be above 0 if the source is eps, and below 1 if it is x0.
     """
     if source == destination:
         _check_name(source)
@@ -84,18 +92,41 @@ def convert(source: str, destination: str, output: Tensor, x_t: Tensor, alpha_ba
 
 
 def eps_from_x0(x0: Tensor, x_t: Tensor, alpha_bar: Tensor | float) -> Tensor:
-    """eps = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar); alpha_bar must be below 1."""
+    """Return eps = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar); alpha_bar must be below 1."""
     signal, noise = _roots(alpha_bar, x_t)
     return (x_t - signal * x0) / noise
 
 
 def _roots(alpha_bar: Tensor | float, like: Tensor):
-    """(sqrt(alpha_bar), sqrt(1 - alpha_bar)): the roots in float64, then the images' type."""
+    """Return (sqrt(alpha_bar), sqrt(1 - alpha_bar)), computed in float64 and cast to the images' dtype."""
     if isinstance(alpha_bar, Tensor):
         return alpha_bar.sqrt().to(like.dtype), (1.0 - alpha_bar).sqrt().to(like.dtype)
     return alpha_bar**0.5, (1.0 - alpha_bar) ** 0.5
 
 
 def per_image(values: Tensor, images: Tensor) -> Tensor:
-    """(B,) values, shaped to broadcast against (B, ...) images."""
+    """Reshape (B,) values so that they broadcast against (B, ...) images."""
     return values.view(-1, *([1] * (images.ndim - 1)))
+
+
+def split_output(output: Any, x_t: Tensor, learned_variance: bool) -> tuple[Tensor, Tensor | None]:
+    """Split a network's output into (the part that the objective describes, the variance part or None).
+
+    output: (B, C, ...), or (B, 2C, ...) with ``learned_variance`` (arXiv 2102.09672, section 3.1); x_t: (B, C, ...). Raises
+    ValueError if the output is not a tensor of that shape.
+    """
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the network returned {type(output).__name__}, not a tensor: wrap it in a function that returns the "
+            "predicted tensor, such as output.sample"
+        )
+    channels = x_t.shape[1] * (2 if learned_variance else 1)
+    if output.shape != (x_t.shape[0], channels, *x_t.shape[2:]):
+        raise ValueError(
+            f"the network returned {tuple(output.shape)} for images of {tuple(x_t.shape)}: it must return "
+            f"{channels} channels with learned_variance={learned_variance}"
+        )
+    if not learned_variance:
+        return output, None
+    mean, variance = output.chunk(2, dim=1)
+    return mean, variance

@@ -1,4 +1,4 @@
-"""The reverse step: q(x_s | x_t, x_0) between any two levels s < t, and the variances that a model may put in its place.
+"""The reverse step: q(x_s | x_t, x_0) between any two levels s < t, and the variances that a model may use instead.
 
 With a_t the level's alpha_bar, beta = 1 - a_t / a_s is the variance of the forward step from s to t
 (DDPM, arXiv 2006.11239, section 2, for s = t - 1; arXiv 2102.09672, eq. 19, for any sub-sequence).
@@ -15,7 +15,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned")
 
 
 class Posterior(NamedTuple):
-    """q(x_s | x_t, x_0) = N(x0 * x_0 + x_t * x_t, variance): two coefficients and the variance, floats or tensors alike."""
+    """q(x_s | x_t, x_0) = N(x0 * x_0 + x_t * x_t, variance): two coefficients and the variance, all floats or all tensors."""
 
     x0: Tensor | float
     x_t: Tensor | float
@@ -23,7 +23,7 @@ class Posterior(NamedTuple):
 
 
 def posterior(alpha_bar: Tensor | float, alpha_bar_prev: Tensor | float) -> Posterior:
-    """The posterior of the level ``alpha_bar_prev`` (s) given x_t and x_0 (DDPM eq. 7).
+    """Return the posterior of the level ``alpha_bar_prev`` (s) given x_t and x_0 (DDPM eq. 7).
 
     mean = sqrt(a_s) beta / (1 - a_t) x_0 + sqrt(a_t / a_s) (1 - a_s) / (1 - a_t) x_t, variance = (1 - a_s) / (1 - a_t) beta.
     Needs 0 <= a_t < a_s <= 1. At a_s = 1 it is x_0 itself, with variance 0.
@@ -38,7 +38,7 @@ def posterior(alpha_bar: Tensor | float, alpha_bar_prev: Tensor | float) -> Post
 
 
 def learned_log_variance(fraction: Tensor, log_small: Tensor | float, log_large: Tensor | float) -> Tensor:
-    """fraction log_large + (1 - fraction) log_small (arXiv 2102.09672, eq. 15).
+    """Return fraction log_large + (1 - fraction) log_small (arXiv 2102.09672, eq. 15).
 
     fraction: (B, ...), 0 for the posterior variance and 1 for beta, as `Prediction.variance_fraction`.
     """
@@ -46,9 +46,9 @@ def learned_log_variance(fraction: Tensor, log_small: Tensor | float, log_large:
 
 
 def log_variance_range(alpha_bar: Tensor, alpha_bar_prev: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """(log of the posterior variance, log beta), float64: the smallest and largest sensible variance of a reverse step.
+    """Return (log of the posterior variance, log beta), float64: the smallest and largest sensible variance of a step.
 
-    At a_s = 1 the posterior variance is 0; ``floor`` (that of the step before, as Improved DDPM does) stands in there.
+    At a_s = 1 the posterior variance is 0; ``floor`` replaces it (Improved DDPM uses the variance of the step before).
     """
     step = posterior(alpha_bar, alpha_bar_prev)
     small = torch.as_tensor(step.variance)

@@ -1,9 +1,9 @@
-"""Samplers: one plain function each, over (denoiser, x_T, grid, noise). No hidden state.
+"""Samplers: one plain function each, over (denoiser, x_T, grid, noise), without hidden state.
 
-``grid`` is what `grids.make_grid` gives, or any list of steps. A part of a grid starts in the middle or stops early
-(`grids.restrict_grid`). ``callback`` sees every step, so that ``steps = []; sample_ddim(..., callback=steps.append)`` keeps
-the trajectory of x_t and x0. ``progress=True`` shows a bar. A `Denoiser` clips its estimate of x0 to [-1, 1] unless built
-with ``clip=None``: data of another range needs that.
+``grid`` is a grid from `grids.make_grid`, or any list of steps. To start in the middle or stop early, pass part of a grid
+(`grids.restrict_grid`). ``callback`` sees every step: ``steps = []; sample_ddim(..., callback=steps.append)`` keeps the
+trajectory of x_t and x0. ``progress=True`` shows a bar. A `Denoiser` clips its estimate of x0 to [-1, 1] by default; data of
+another range needs ``clip=None``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from diffusion_core.grids import Grid, check_grid
 from diffusion_core.posterior import VARIANCES, learned_log_variance, posterior
 
 StepNoise = Callable[[int], Tensor]
-"""``noise(t)``: (B, ...) standard normal for the step that leaves t."""
+"""``noise(t)``: (B, ...) standard normal for the step that starts at t."""
 
 
 class Step(NamedTuple):
-    """What a callback sees after each step: where it went, the new image, and the clean image it aimed at."""
+    """One sampling step as the callback sees it: from t to t_prev, the new image x, and the estimate x0 at t."""
 
     t: int
     t_prev: int
@@ -39,7 +39,7 @@ Item = TypeVar("Item")
 
 
 def ddim_sigmas(alpha_bar: float, alpha_bar_prev: float, eta: float | Literal["sigma_hat"]) -> tuple[float, float]:
-    """(sigma of the direction term, sigma of the added noise) of one DDIM step; both 0 where alpha_bar_prev is 1.
+    """Return (sigma of the direction term, sigma of the added noise) of one DDIM step; both are 0 if alpha_bar_prev is 1.
 
     sigma = eta sqrt((1 - a_prev) / (1 - a_t)) sqrt(1 - a_t / a_prev) (arXiv 2010.02502, eq. 16). ``"sigma_hat"`` is
     the larger DDPM variance: noise sqrt(1 - a_t / a_prev), direction as for eta 1 (same paper, section 5).
@@ -56,7 +56,7 @@ def ddim_sigmas(alpha_bar: float, alpha_bar_prev: float, eta: float | Literal["s
 def check_eta(eta: float | Literal["sigma_hat"]) -> None:
     """Raise ValueError unless eta is in [0, 1] or "sigma_hat"."""
     if eta != "sigma_hat" and not (isinstance(eta, Real) and 0.0 <= eta <= 1.0):
-        raise ValueError(f"eta must lie in 0 to 1, or be 'sigma_hat' (the larger DDPM variance), got {eta!r}")
+        raise ValueError(f"eta must lie in 0 to 1 or be 'sigma_hat', the larger DDPM variance, got {eta!r}")
 
 
 @torch.no_grad()
@@ -71,12 +71,12 @@ def sample_ddim(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """DDIM (arXiv 2010.02502, eq. 12): x_prev = sqrt(a_prev) x0 + sqrt(1 - a_prev - sigma^2) eps + sigma z.
+    """Sample with DDIM (arXiv 2010.02502, eq. 12): x_prev = sqrt(a_prev) x0 + sqrt(1 - a_prev - sigma^2) eps + sigma z.
 
     x_T: (B, ...) float32 at the noise level of the grid's first step. eta 0 is deterministic, 1 is DDPM's posterior
-    over the grid. ``noise(t)`` gives z; it is not asked for where sigma is 0. Returns the image at the grid's end.
+    over the grid. ``noise(t)`` gives z; it is not called if sigma is 0. Returns the image at the grid's end.
 
-    Raises ValueError for eta outside [0, 1], a grid that does not fit the schedule, or missing noise.
+    Raises ValueError if eta is not in [0, 1] or "sigma_hat", the grid does not fit the schedule, or noise is missing.
     """
     check_eta(eta)
     grid = check_inputs(denoiser, x_T, grid)
@@ -100,7 +100,7 @@ def ddim_step(
     noise: StepNoise | None = None,
     eta: float | Literal["sigma_hat"] = 0.0,
 ) -> Tensor:
-    """One DDIM step from t to t_prev, given the prediction at t. It carries gradients; `sample_ddim` does not."""
+    """Take one DDIM step from t to t_prev, given the prediction at t. Gradients flow, unlike in `sample_ddim`."""
     alpha_bar, alpha_bar_prev = denoiser.schedule.alpha_bar(t), denoiser.schedule.alpha_bar(t_prev)
     direction_sigma, noise_sigma = ddim_sigmas(alpha_bar, alpha_bar_prev, eta)
     direction = max(1.0 - alpha_bar_prev - direction_sigma**2, 0.0) ** 0.5
@@ -120,13 +120,13 @@ def sample_ddpm(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Ancestral sampling (arXiv 2006.11239, algorithm 2): x_prev = mean of q(x_prev | x_t, x0) + sigma z.
+    """Sample ancestrally (arXiv 2006.11239, algorithm 2): x_prev = mean of q(x_prev | x_t, x0) + sigma z.
 
     sigma^2 is the posterior variance (``fixed_small``), beta between the two levels (``fixed_large``), or ``learned``
     (arXiv 2102.09672, eq. 15), which needs a denoiser with ``learned_variance``. The step to the clean image adds no noise.
     x_T: (B, ...) float32 at the noise level of the grid's first step. Returns the image at the grid's end.
 
-    Raises ValueError for an unknown or unavailable variance, a grid that does not fit the schedule, or missing noise.
+    Raises ValueError if the variance is unknown or unavailable, the grid does not fit the schedule, or noise is missing.
     """
     if variance not in VARIANCES:
         raise ValueError(f"unknown variance {variance!r}: choose one of {', '.join(VARIANCES)}")
@@ -167,11 +167,11 @@ def sample_dpmpp_2m(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): the second-order multistep solver of the probability-flow ODE.
+    """Sample with DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), a second-order multistep solver of the probability-flow ODE.
 
-    It is deterministic: ``noise`` is taken so that all samplers are called alike, and never asked. The first step of the
+    Deterministic: ``noise`` exists only so that all samplers have one signature, and is never called. The first step of the
     grid and the step to the clean image are of first order. x_T: (B, ...) float32 at the noise level of the grid's first
-    step. Returns the image at the grid's end. Raises ValueError for a grid that does not fit the schedule.
+    step. Returns the image at the grid's end. Raises ValueError if the grid does not fit the schedule.
     """
     return _sample_dpmpp_2m(denoiser, x_T, grid, None, condition, callback, progress)
 
@@ -186,9 +186,9 @@ def sample_dpmpp_2m_sde(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 6): the same for the reverse diffusion SDE, with noise at each step.
+    """Sample with SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 6): the reverse diffusion SDE, with noise at each step.
 
-    As `sample_dpmpp_2m`; raises ValueError for missing noise, too.
+    Otherwise as `sample_dpmpp_2m`. Raises ValueError also if noise is missing.
     """
     if noise is None:
         raise ValueError("the SDE solver adds noise at every step: pass noise=, or use sample_dpmpp_2m")
@@ -205,7 +205,7 @@ def _sample_dpmpp_2m(
     callback: Callback | None,
     progress: bool,
 ) -> Tensor:
-    """With lambda the half log-SNR, h = lambda_s - lambda_t and D = x0 + h / (2 h_last) (x0 - x0_last):
+    """Run the solver. lambda is the half log-SNR, h = lambda_s - lambda_t, and D = x0 + h / (2 h_last) (x0 - x0_last):
 
     ODE: x_s = sigma_s / sigma_t x_t + alpha_s (1 - e^-h) D
     SDE: x_s = sigma_s / sigma_t e^-h x_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) z
@@ -244,11 +244,11 @@ def sample_heun(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Heun's second-order method for d(x / sqrt(a)) / d sigma = eps, sigma = sqrt((1 - a) / a) (arXiv 2206.00364, algorithm 1).
+    """Sample with Heun's method for d(x / sqrt(a)) / d sigma = eps, sigma = sqrt((1 - a) / a) (arXiv 2206.00364, algorithm 1).
 
-    Two network calls a step, except one for the step to the clean image and for a step that leaves pure noise, which are
-    Euler's, that is DDIM's. Deterministic: ``noise`` is never asked. x_T: (B, ...) float32 at the noise level of the
-    grid's first step. Returns the image at the grid's end. Raises ValueError for a grid that does not fit the schedule.
+    Second order, with two network calls per step. The step to the clean image and a step from pure noise are Euler steps,
+    which equal DDIM's, with one call. Deterministic: ``noise`` is never called. x_T: (B, ...) float32 at the noise level of the
+    grid's first step. Returns the image at the grid's end. Raises ValueError if the grid does not fit the schedule.
     """
     grid = check_inputs(denoiser, x_T, grid)
     x, x0 = x_T, None
@@ -267,7 +267,7 @@ def sample_heun(
 
 
 def steps_of(steps: Iterable[Item], progress: bool, name: str) -> Iterable[Item]:
-    """The steps, behind a progress bar where one is wanted."""
+    """Return the steps, wrapped in a progress bar if ``progress``."""
     if not progress:
         return steps
     from tqdm.auto import tqdm
@@ -276,16 +276,20 @@ def steps_of(steps: Iterable[Item], progress: bool, name: str) -> Iterable[Item]
 
 
 def draw(noise: StepNoise | None, step: int, like: Tensor) -> Tensor:
-    """``noise(step)`` in the type of ``like``. Raises ValueError where there is no source, or its shape is another."""
+    """Return ``noise(step)`` with the dtype and device of ``like``.
+
+    Raises ValueError if ``noise`` is None, is not callable, or returns another shape.
+    """
     if noise is None:
         raise ValueError("this step adds noise: pass noise=")
     if not callable(noise):
         raise ValueError(
-            f"noise is a function of the step, got {type(noise).__name__}: of a NoiseSource, pass source.for_samples(shape, indices)"
+            f"noise must be a function of the step, got {type(noise).__name__}: from a NoiseSource, pass "
+            "source.for_samples(shape, indices)"
         )
     z = noise(step)
     if z.shape != like.shape:
-        raise ValueError(f"noise({step}) has shape {tuple(z.shape)}, the images have {tuple(like.shape)}")
+        raise ValueError(f"noise({step}) has shape {tuple(z.shape)}, but the images have {tuple(like.shape)}")
     return z.to(like.device, like.dtype)
 
 
@@ -296,10 +300,13 @@ def _half_log_snr(alpha_bar: float) -> float:
 
 
 def check_inputs(denoiser: Denoiser, images: Tensor, grid: Grid, name: str = "x_T") -> Grid:
-    """The grid as pairs. Raises ValueError for what is no denoiser, images that are no batch of floats, or a bad grid."""
+    """Return the grid as pairs.
+
+    Raises ValueError if ``denoiser`` is not a Denoiser, ``images`` is not a float batch, or the grid does not fit the schedule.
+    """
     if not hasattr(denoiser, "schedule"):
         raise ValueError(
-            f"a sampler needs a Denoiser, which knows the noise schedule, got {type(denoiser).__name__}: "
+            f"a sampler needs a Denoiser, which holds the noise schedule, got {type(denoiser).__name__}: "
             "wrap a function (x_t, t) -> eps as Denoiser.from_eps(function, schedule)"
         )
     check_images(images, name)

@@ -1,4 +1,4 @@
-"""Noise schedules: alpha-bar in float64, and everything that follows from it."""
+"""Noise schedules: alpha-bar in float64, and the quantities derived from it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class NoiseSchedule:
     ``alphas_cumprod``: (T,) float64, strictly decreasing, in [0, 1); entry t is
     alpha_bar_t = prod_{s<=t} (1 - beta_s) (DDPM, arXiv 2006.11239, section 2), so that
     q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I). Only the last entry may be 0
-    (zero terminal SNR, arXiv 2305.08891). ``config`` is what `make_schedule` needs to build it again; without one,
-    the array itself.
+    (zero terminal SNR, arXiv 2305.08891). ``config`` holds the arguments with which
+    `make_schedule` builds the schedule again; the default holds the array itself.
 
-    Raises ValueError where the array is not such a schedule.
+    Raises ValueError if the array is not such a schedule.
     """
 
     alphas_cumprod: Tensor
@@ -40,7 +40,7 @@ class NoiseSchedule:
         if not bool(torch.isfinite(table).all()) or bool((table < 0).any()) or bool((table >= 1).any()):
             raise ValueError("alphas_cumprod must lie in [0, 1): check the schedule's start and end")
         if bool((table.diff() >= 0).any()):
-            raise ValueError("alphas_cumprod must fall at every step: noise only ever grows")
+            raise ValueError("alphas_cumprod must fall at every step, because noise only grows")
         if not self.config:
             given = {"name": "given", "num_steps": table.numel(), "alphas_cumprod": table.detach().cpu().tolist()}
             object.__setattr__(self, "config", given)
@@ -66,11 +66,11 @@ class NoiseSchedule:
     def gather(self, t: Tensor) -> Tensor:
         """alpha_bar at each step of ``t`` (any shape, int64, in [-1, T)), as float64 on t's device.
 
-        Raises ValueError for steps that are not whole numbers or, where they lie on a CPU, outside the schedule.
+        Raises ValueError if the steps are not whole numbers or (on a CPU only) lie outside the schedule.
         """
         t = torch.as_tensor(t)
         if t.is_floating_point() or t.dtype == torch.bool:
-            raise ValueError(f"steps are whole numbers, got {t.dtype}")
+            raise ValueError(f"steps must be whole numbers, got {t.dtype}")
         if t.device.type == "cpu" and t.numel() and (int(t.min()) < -1 or int(t.max()) >= self.num_steps):
             raise ValueError(f"steps must lie in -1 to {self.num_steps - 1}, got {int(t.min())} to {int(t.max())}")
         tables = self._tables  # type: ignore[attr-defined]
@@ -99,16 +99,16 @@ class NoiseSchedule:
 
 
 def make_schedule(name: str, num_steps: int = 1000, **options: Any) -> NoiseSchedule:
-    """The schedule of that name over ``num_steps`` steps.
+    """Return the schedule ``name`` over ``num_steps`` steps.
 
     ``linear``         beta from 1e-4 to 0.02 (DDPM), scaled by 1000 / T for other T
-    ``scaled_linear``  sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (Stable Diffusion), made for T = 1000: not scaled
+    ``scaled_linear``  sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (Stable Diffusion), made for T = 1000, not scaled
     ``cosine``         alpha_bar = cos^2 of a quarter turn, s = 0.008, beta <= 0.999 (arXiv 2102.09672, eq. 17)
     ``sigmoid``        a rescaled sigmoid from ``start`` -3 to ``end`` 3 with ``tau`` (arXiv 2212.11972)
-    ``given``          the list ``alphas_cumprod`` of ``num_steps`` numbers, as `given_schedule` records it
+    ``given``          the list ``alphas_cumprod`` of ``num_steps`` numbers, from `given_schedule`
 
     ``zero_terminal_snr=True`` rescales so that the last step is pure noise (arXiv 2305.08891,
-    algorithm 1). Raises ValueError for an unknown name, an unknown option, or a value out of range.
+    algorithm 1). Raises ValueError if the name or an option is unknown, or a value is out of range.
     """
     if not is_whole(num_steps) or num_steps < 1:
         raise ValueError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
@@ -132,9 +132,9 @@ def make_schedule(name: str, num_steps: int = 1000, **options: Any) -> NoiseSche
 
 
 def given_schedule(alphas_cumprod: Tensor | Sequence[float]) -> NoiseSchedule:
-    """The schedule of any (T,) array of alpha_bar; its ``config`` holds the numbers, so that it can be saved and built again.
+    """Return the schedule of any (T,) array of alpha_bar; its ``config`` holds the numbers, so that it can be saved.
 
-    Float32 arrays are taken at their value. Raises ValueError as `NoiseSchedule` does.
+    Float32 values are converted exactly. Raises ValueError as `NoiseSchedule` does.
     """
     array = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
     if array.ndim != 1:
@@ -161,7 +161,7 @@ def _from_betas(betas: Tensor) -> Tensor:
 def _given(num_steps: int, *, alphas_cumprod: Sequence[float]) -> Tensor:
     if len(alphas_cumprod) != num_steps:
         raise ValueError(
-            f"a given schedule of {num_steps} steps needs as many alphas_cumprod, got {len(alphas_cumprod)}"
+            f"a given schedule of {num_steps} steps needs {num_steps} alphas_cumprod, got {len(alphas_cumprod)}"
         )
     return torch.tensor(alphas_cumprod, dtype=torch.float64)
 

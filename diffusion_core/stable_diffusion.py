@@ -1,6 +1,6 @@
-"""A diffusers Stable Diffusion pipeline as a denoiser, so that every sampler, inversion and edit of this package runs on it.
+"""A diffusers Stable Diffusion pipeline as a denoiser: every sampler, inversion and edit of this package runs on it.
 
-Needs the optional extra ``stable-diffusion`` (diffusers and transformers), which is imported only when a pipeline is loaded.
+Needs the optional extra ``stable-diffusion`` (diffusers and transformers), imported only when a pipeline is loaded.
 Images are (B, 3, H, W) in [-1, 1]; samplers work on the autoencoder's latents; conditions are prompt embeddings.
 """
 
@@ -20,14 +20,14 @@ from diffusion_core.guidance import ClassifierFreeGuidance, Interval
 from diffusion_core.schedules import NoiseSchedule, given_schedule
 
 OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-"""diffusers' names of what a network predicts, and ours."""
+"""diffusers' names of the objectives, mapped to ours."""
 
 
 @dataclass(frozen=True)
 class StableDiffusion:
-    """A loaded ``StableDiffusionPipeline``, read through the interfaces of this package.
+    """A loaded ``StableDiffusionPipeline``, used through the interfaces of this package.
 
-    Raises ValueError for a pipeline whose scheduler is not one of a discrete alpha-bar (flow matching, say).
+    Raises ValueError if the pipeline's scheduler has no discrete alpha-bar (flow matching) or an unknown prediction type.
     """
 
     pipeline: Any
@@ -43,26 +43,27 @@ class StableDiffusion:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule that the pipeline's scheduler holds, at its float32 values.
+        """The noise schedule of the pipeline's scheduler, with its float32 values.
 
-        The step to the clean image has alpha-bar 1, as everywhere here; a scheduler with ``set_alpha_to_one`` off (that of
-        Stable Diffusion 1) ends at the first step's alpha-bar instead.
+        The step to the clean image has alpha-bar 1, as everywhere in this package; a diffusers scheduler with
+        ``set_alpha_to_one`` off (that of Stable Diffusion 1) ends at the first step's alpha-bar instead.
         """
         return given_schedule(self.pipeline.scheduler.alphas_cumprod)
 
     @property
     def objective(self) -> str:
+        """What the UNet predicts: eps, x0 or v."""
         return OBJECTIVES[self.pipeline.scheduler.config.prediction_type]
 
     def network(self, x_t: Tensor, t: Tensor, condition: Any, self_condition: Tensor | None = None) -> Tensor:
-        """The UNet. x_t: (B, C, h, w) latents; condition: (B, tokens, dim) prompt embeddings. Returns (B, C, h, w).
+        """Call the UNet. x_t: (B, C, h, w) latents; condition: (B, tokens, dim) prompt embeddings. Returns (B, C, h, w).
 
-        Both are taken in the UNet's own type. Raises ValueError for embeddings that are not one an image.
+        Both are cast to the UNet's dtype. Raises ValueError unless there is one embedding per image.
         """
         if not isinstance(condition, Tensor) or condition.ndim != 3 or len(condition) != len(x_t):
             got = tuple(condition.shape) if isinstance(condition, Tensor) else type(condition).__name__
             raise ValueError(
-                f"Stable Diffusion needs the embedding of one prompt an image ({len(x_t)}), got {got}: see encode_prompts"
+                f"Stable Diffusion needs one prompt embedding per image ({len(x_t)}), got {got}: see encode_prompts"
             )
         dtype = self.pipeline.unet.dtype
         return self.pipeline.unet(x_t.to(dtype), t, encoder_hidden_states=condition.to(dtype), return_dict=False)[0]
@@ -75,7 +76,7 @@ class StableDiffusion:
         rescale: float = 0.0,
         interval: Interval | None = None,
     ) -> Denoiser:
-        """A denoiser of latents, guided away from ``negative_prompt``; not clipped, since latents have no range."""
+        """Return a denoiser of latents, guided away from ``negative_prompt``; not clipped, because latents have no range."""
         if guidance_scale == 1.0:
             return Denoiser(self.network, self.schedule, self.objective, clip=None)
         null = self.encode_prompts([negative_prompt])
@@ -84,16 +85,16 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: str | Sequence[str]) -> Tensor:
-        """(B, tokens, dim) embeddings by the pipeline's own tokenizer and text encoder: the condition of its network."""
+        """Return (B, tokens, dim) embeddings from the pipeline's tokenizer and text encoder: the condition of `network`."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         return self.pipeline.encode_prompt(prompts, self.pipeline.unet.device, 1, False)[0]
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(B, C, h, w) latents of (B, 3, H, W) images in [-1, 1], scaled by the autoencoder's own factor (0.18215 in SD 1).
+        """Encode (B, 3, H, W) images in [-1, 1] as (B, C, h, w) latents, scaled by the autoencoder's factor (0.18215 in SD 1).
 
-        The mean of the autoencoder's posterior, or with ``noise`` ((B, C, h, w) standard normal) a draw of it.
-        Raises ValueError for images that are not floats, or do not have 3 channels.
+        Returns the mean of the autoencoder's posterior, or with ``noise`` ((B, C, h, w) standard normal) a draw from it.
+        Raises ValueError if the images are not floats or do not have 3 channels.
         """
         check_images(images, "images")
         if images.ndim != 4 or images.shape[1] != 3:
@@ -104,7 +105,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """(B, 3, H, W) images, about [-1, 1], of (B, C, h, w) latents: the way back from `encode_images`."""
+        """Decode (B, C, h, w) latents to (B, 3, H, W) images, roughly in [-1, 1]: the inverse of `encode_images`."""
         unscaled = latents / self.pipeline.vae.config.scaling_factor + self._shift
         return self.pipeline.vae.decode(unscaled.to(self.pipeline.vae.dtype), return_dict=False)[0]
 
@@ -116,10 +117,10 @@ class StableDiffusion:
 def load_stable_diffusion(
     source: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **options: Any
 ) -> StableDiffusion:
-    """The pipeline of a local directory or a name on the Hugging Face hub, in evaluation mode, on ``device``.
+    """Load a pipeline from a local directory or the Hugging Face hub, in evaluation mode, on ``device``.
 
     ``options`` go to ``StableDiffusionPipeline.from_pretrained`` (revision, variant, local_files_only). Weights are read from
-    safetensors only. Raises ImportError without the extra, ValueError for a source that holds no such pipeline.
+    safetensors only. Raises ImportError without the extra, ValueError if the source holds no such pipeline.
     """
     try:
         from diffusers import StableDiffusionPipeline

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: write beside, flush to disk, rename."""
+"""Atomic writes: write to a temporary path, flush to disk, rename."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path to write a file to; it takes the name ``path`` when the block ends without an error.
+    """Yield a temporary path to write a file to; it is renamed to ``path`` when the block ends without an error.
 
-    The temporary name is always the same, so that what a killed writer left is written over. One writer at a time.
+    The temporary name is always the same, so that the file of a killed writer is overwritten. One writer at a time.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,9 +32,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill; it takes the place of ``folder`` when the block ends without an error.
+    """Yield a temporary folder to fill; it replaces ``folder`` when the block ends without an error.
 
-    What a killed writer left under the temporary name is removed first. One writer at a time.
+    The temporary folder of a killed writer is removed first. One writer at a time.
     """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.partial")
@@ -64,22 +64,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, keys in their given order, NaN refused."""
+    """Write ``value`` as indented JSON, atomically, with keys in their given order. Raises ValueError if it holds NaN."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in ``path``. Raises ValueError, naming the file, where it is missing, unreadable or not JSON."""
+    """Return the JSON in ``path``. Raises ValueError, naming the file, if it is missing, unreadable or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): it is damaged; run the stage that writes it again"
-        ) from None
+        raise ValueError(f"{path} is damaged: it is not valid JSON ({error})") from None

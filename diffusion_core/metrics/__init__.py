@@ -1,1 +1,1 @@
-"""Measures of sample quality: mergeable statistics, Fréchet and kernel distance, scores, feature extractors."""
+"""Measures of sample quality: mergeable statistics, Fréchet and kernel distances, scores, feature extractors."""

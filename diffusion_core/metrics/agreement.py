@@ -1,4 +1,4 @@
-"""Class agreement: does a classifier see in the images what they were asked to be?"""
+"""Class agreement: the share of generated images that a classifier assigns to their class."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from diffusion_core.metrics.statistics import check_features
 
 @dataclass(frozen=True)
 class ClassAgreement:
-    """The share of images whose most likely class is the one asked for: overall, and (classes,) by class (NaN where none was)."""
+    """Share of images whose most likely class is the requested one: overall, and (classes,) per class (NaN without images)."""
 
     overall: float
     per_class: np.ndarray
 
 
 def class_agreement(logits: np.ndarray, labels: np.ndarray) -> ClassAgreement:
-    """Agreement of a classifier's (N, classes) logits with the (N,) class indices asked for.
+    """Compare a classifier's (N, classes) logits with the (N,) requested class indices.
 
-    Raises ValueError for logits that are no finite matrix, another number of labels, or a label that is no class.
+    Raises ValueError if the logits are not a finite matrix, or the labels are not N integers in [0, classes).
     """
     logits, labels = check_features(logits), np.asarray(labels)
     classes = logits.shape[1]

@@ -1,4 +1,4 @@
-"""Feature extractors: uint8 images to feature vectors. The extractor's name is part of a metric's name."""
+"""Feature extractors: uint8 images to feature vectors. The name of a metric includes the name of its extractor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diffusion_core.storage import read_json, write_json
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_SHA256_PREFIX = "6726825d"
-"""torch-fidelity's release names its weights file by the first digits of its SHA-256."""
+"""torch-fidelity names its weights file by the first digits of the file's SHA-256."""
 
 
 class ImageClassifier(nn.Module):
@@ -62,13 +62,13 @@ class ImageClassifier(nn.Module):
 
 
 def save_classifier(classifier: ImageClassifier, path: Path) -> None:
-    """Write the classifier's weights, with its shape in the file's metadata."""
+    """Write the classifier's weights, with its configuration in the file's metadata."""
     weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
     save_file(weights, path, metadata={"classifier": json.dumps(classifier.config)})
 
 
 def load_classifier(path: Path) -> ImageClassifier:
-    """The classifier that `save_classifier` wrote, in evaluation mode. Raises ValueError where the file is not one."""
+    """Read a classifier that `save_classifier` wrote, in evaluation mode. Raises ValueError if the file does not hold one."""
     from safetensors import safe_open
 
     try:
@@ -77,14 +77,14 @@ def load_classifier(path: Path) -> ImageClassifier:
         classifier = ImageClassifier(**config)
         classifier.load_state_dict(load_file(path))
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a classifier of this project: {error}") from None
+        raise ValueError(f"{path} does not hold an image classifier: {error}") from None
     return classifier.eval().requires_grad_(False)
 
 
 class FeatureExtractor:
-    """``extractor(images)``: (B, C, H, W) uint8 to (B, D) float32 features.
+    """Map images to features: ``extractor(images)`` takes (B, C, H, W) uint8 and returns (B, D) float32.
 
-    ``name`` says what network it is, ``digest`` which weights; figures compare only where both agree.
+    ``name`` identifies the network and ``digest`` its weights; figures are comparable only if both are equal.
     """
 
     def __init__(self, name: str, digest: str, network: nn.Module) -> None:
@@ -98,14 +98,14 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """(B, classes) float32 of what the features are made for: what the Inception score needs."""
+        """Return the (B, classes) float32 logits of the network, for the Inception score."""
         return self._outputs(images)[1].float()
 
     def _outputs(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(features, logits)."""
+        """Return (features, logits). Raises ValueError unless ``images`` is (B, C, H, W) uint8."""
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
-                f"features are taken of uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}"
+                f"a feature extractor takes uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}"
             )
         if self.name == INCEPTION and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
@@ -117,9 +117,10 @@ class FeatureExtractor:
 
 
 def import_inception_weights(weights_path: Path | None, sha256: str | None) -> dict[str, Tensor]:
-    """The weights of torch-fidelity's Inception: downloaded by it, or a local file whose SHA-256 is checked before it is read.
+    """Return the weights of torch-fidelity's Inception: downloaded if ``weights_path`` is None, otherwise read from that file.
 
-    Raises ValueError where the file is missing, its hash differs, or it cannot be downloaded.
+    The file's SHA-256 is checked before it is read. None stands for the hash of torch-fidelity's release.
+    Raises ValueError if the file is missing, its hash differs, or the download fails.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
@@ -130,30 +131,32 @@ def import_inception_weights(weights_path: Path | None, sha256: str | None) -> d
             )
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"the Inception weights could not be downloaded ({error}): fetch {URL_INCEPTION_V3} elsewhere and set "
-                "reference.inception_weights and reference.inception_sha256"
+                f"the Inception weights could not be downloaded ({error}): download {URL_INCEPTION_V3} on another "
+                "machine and give the path of the file and its SHA-256"
             ) from None
     try:
         content = weights_path.read_bytes()
     except OSError as error:
-        raise ValueError(f"reference.inception_weights: cannot read {weights_path}: {error.strerror}") from None
+        raise ValueError(f"cannot read {weights_path}: {error.strerror}") from None
     digest = hashlib.sha256(content).hexdigest()
     if (sha256 is None and not digest.startswith(INCEPTION_SHA256_PREFIX)) or (
         sha256 is not None and digest != sha256.lower()
     ):
         expected = sha256 or f"{INCEPTION_SHA256_PREFIX}..."
         raise ValueError(
-            f"reference.inception_weights: {weights_path} has SHA-256 {digest}, expected {expected}: "
-            "the file is damaged or another one; fetch it again or correct reference.inception_sha256"
+            f"{weights_path} has SHA-256 {digest}, expected {expected}: the file is damaged, or it is another file"
         )
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def build_inception(weights: Mapping[str, Tensor]) -> nn.Module:
-    """torch-fidelity's Inception, holding these weights: the 2048-dimensional pool features, and the logits."""
+    """Build torch-fidelity's Inception with these weights: it returns the 2048-dimensional pool features and the logits.
+
+    Raises ValueError if the weights do not fit.
+    """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    with tempfile.TemporaryDirectory() as folder:  # its constructor takes weights only as a file of torch.save
+    with tempfile.TemporaryDirectory() as folder:  # the constructor takes only a file of torch.save
         path = Path(folder) / "weights.pth"
         torch.save(dict(weights), path)
         try:
@@ -165,7 +168,7 @@ def build_inception(weights: Mapping[str, Tensor]) -> nn.Module:
 
 
 def save_extractor(folder: Path, name: str, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
-    """Write extractor.safetensors and extractor.json into ``folder``; returns the digest of the weights file."""
+    """Write extractor.safetensors and extractor.json into ``folder``. Returns the SHA-256 of the weights file."""
     path = folder / "extractor.safetensors"
     save_file({key: value.contiguous() for key, value in weights.items()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -174,16 +177,16 @@ def save_extractor(folder: Path, name: str, weights: Mapping[str, Tensor], confi
 
 
 def load_extractor(folder: Path) -> FeatureExtractor:
-    """The extractor that `save_extractor` wrote. Raises ValueError where the files are missing or do not agree."""
+    """Read the extractor that `save_extractor` wrote. Raises ValueError if a file is missing or the two do not match."""
     description = read_json(folder / "extractor.json")
     path = folder / "extractor.safetensors"
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; run the reference stage again") from None
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
     if digest != description.get("digest"):
         raise ValueError(
-            f"{path} has SHA-256 {digest}, but extractor.json says {description.get('digest')}: run the reference stage again"
+            f"{path} has SHA-256 {digest}, but extractor.json names {description.get('digest')}: one of the two was changed"
         )
     network: nn.Module
     try:
@@ -194,18 +197,16 @@ def load_extractor(folder: Path) -> FeatureExtractor:
             network = ImageClassifier(**description["config"])
             network.load_state_dict(weights)
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder} does not hold a feature extractor: {error}; run the reference stage again"
-        ) from None
+        raise ValueError(f"{folder} does not hold a feature extractor: {error}") from None
     return FeatureExtractor(description["name"], digest, network)
 
 
 def register_with_torch_fidelity(extractor: FeatureExtractor) -> str:
-    """Make ``extractor`` known to torch-fidelity; returns the name to pass as ``feature_extractor=`` to its functions.
+    """Register ``extractor`` with torch-fidelity. Returns the name to pass as ``feature_extractor=`` to its functions.
 
-    It offers the layers "features" (for FID, KID, precision and recall) and "logits" (for the Inception score). The name
-    carries the digest of the weights, because torch-fidelity keys its cached statistics by name: other weights under the
-    same name would be given stale ones. Registering again is no error.
+    It has the layers "features" (for FID, KID, precision and recall) and "logits" (for the Inception score). The name
+    contains the digest of the weights, because torch-fidelity caches statistics by name: other weights under the same name
+    would get stale statistics. An extractor that is already registered is kept.
     """
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor

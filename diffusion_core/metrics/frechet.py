@@ -1,4 +1,4 @@
-"""The Fréchet distance between two Gaussians: FID, once the features are those of an image network."""
+"""The Fréchet distance between two Gaussians: FID, if the features come from an image network."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from diffusion_core.metrics.statistics import GaussianStatistics
 def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al., arXiv 1706.08500, eq. 6), in float64.
 
-    The trace of the root is the sum of the singular values of A1^T A2, where C = A A^T by a symmetric eigen-decomposition:
-    it stays real and accurate where a covariance has no full rank (`GaussianStatistics.rank_deficient`: no more samples
-    than features), where the eigenvalues of C1 C2 lose half of their digits. Such a distance is that of the statistics
-    given, exactly; as an estimate of the distance of the populations it is biased upwards, more so the fewer the samples.
-    At least 0. Raises ValueError for different numbers of features, or fewer than two samples.
+    The trace of the root is the sum of the singular values of A1^T A2, with C = A A^T by a symmetric eigen-decomposition. It
+    stays real and accurate if a covariance lacks full rank (`GaussianStatistics.rank_deficient`: no more samples than
+    features), whereas the eigenvalues of C1 C2 lose half of their digits. The result is then exact for the given statistics.
+    As an estimate of the distance of the populations it is biased upwards; the bias grows as the samples get fewer.
+    At least 0. Raises ValueError if the numbers of features differ, or a set has fewer than two samples.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(
@@ -27,8 +27,11 @@ def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> f
 
 
 def _factor(statistics: GaussianStatistics) -> np.ndarray:
-    """A (D, D) with A A^T the covariance. n samples span n - 1 directions: what eigh finds in the others is rounding,
-    whose square root would be many orders larger than itself, and is left out."""
+    """Return A (D, D) such that A A^T is the covariance.
+
+    n samples span n - 1 directions. The eigenvalues of the others are rounding errors and are set to 0, because their
+    square roots would be many orders larger.
+    """
     values, vectors = np.linalg.eigh(statistics.covariance)
     spare = values[: max(len(values) - (statistics.n - 1), 0)]
     spare[spare < len(values) * np.finfo(np.float64).eps * values[-1]] = 0.0

@@ -1,4 +1,4 @@
-"""Inception score: how sure a classifier is of each image, and how varied its answers are."""
+"""Inception score: how certain a classifier is of each image, and how varied its predictions are."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from diffusion_core.metrics.statistics import check_features
 
 @dataclass(frozen=True)
 class InceptionScore:
-    """Mean and standard deviation over the splits; 1 is the least, the number of classes the most."""
+    """Mean and standard deviation over the splits; from 1 to the number of classes."""
 
     mean: float
     std: float
 
 
 def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int | None = 2020) -> InceptionScore:
-    """exp of the mean of KL(p(y|x) || p(y)) in each of ``splits`` parts of the samples (arXiv 1606.03498, section 4).
+    """Return exp of the mean of KL(p(y|x) || p(y)) over ``splits`` parts of the samples (arXiv 1606.03498, section 4).
 
-    logits: (N, classes) of the classifier, in float64 inside. The samples are shuffled with ``seed`` as torch-fidelity
-    shuffles them (None: not at all). A score with another classifier than Inception is another metric: name it so.
+    logits: (N, classes); computed in float64. The samples are shuffled with ``seed`` in the same way as torch-fidelity
+    (None: not shuffled). With another classifier than Inception it is another metric and needs another name.
 
-    Raises ValueError for logits that are no finite matrix, or fewer samples than splits.
+    Raises ValueError if the logits are not a finite matrix, or there are fewer samples than splits.
     """
     logits = check_features(logits)
     if not 1 <= splits <= len(logits):
-        raise ValueError(f"{len(logits)} samples cannot be split {splits} ways: choose 1 to {len(logits)} splits")
+        raise ValueError(f"{len(logits)} samples cannot be split into {splits} parts: choose 1 to {len(logits)} splits")
     if seed is not None:
         logits = logits[np.random.RandomState(seed).permutation(len(logits))]
     shifted = logits - logits.max(axis=1, keepdims=True)

@@ -20,12 +20,12 @@ class KernelDistance:
 def kernel_distance(
     first: np.ndarray, second: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
 ) -> KernelDistance:
-    """KID (arXiv 1801.01401, section 3): `squared_mmd` of ``subsets`` pairs of subsets without replacement.
+    """Return KID (arXiv 1801.01401, section 3): `squared_mmd` of ``subsets`` pairs of subsets without replacement.
 
-    first: (N, D), second: (M, D); float64 inside. It is unbiased, so it may lie a little below 0. Subsets are drawn as
-    torch-fidelity draws them, so that the same seed gives its figure.
+    first: (N, D), second: (M, D); computed in float64. It is unbiased, so it may lie slightly below 0. Subsets are drawn in
+    the same way as in torch-fidelity, so that the same seed gives the same figure.
 
-    Raises ValueError for features that are not two finite matrices of the same width, or fewer than ``subset_size`` rows.
+    Raises ValueError if the features are not two finite matrices of the same width, or have fewer than ``subset_size`` rows.
     """
     first, second = check_features(first), check_features(second)
     if first.shape[1] != second.shape[1]:
@@ -36,7 +36,7 @@ def kernel_distance(
     if subsets < 1 or not 2 <= subset_size <= smallest:
         raise ValueError(
             f"KID needs at least one subset of 2 to {smallest} samples (the smaller set), got {subsets} of {subset_size}: "
-            "set a smaller subset size or generate more samples"
+            "choose a smaller subset size or generate more samples"
         )
     generator = np.random.RandomState(seed)
     distances = [
@@ -50,9 +50,9 @@ def kernel_distance(
 
 
 def squared_mmd(first: np.ndarray, second: np.ndarray) -> float:
-    """The unbiased squared MMD with the kernel (x.y / D + 1)^3 (Gretton et al., JMLR 2012, eq. 3; arXiv 1801.01401, eq. 4).
+    """Return the unbiased squared MMD with the kernel (x.y / D + 1)^3 (Gretton et al., JMLR 2012, eq. 3; arXiv 1801.01401, eq. 4).
 
-    first: (N, D), second: (M, D) float64, at least two rows each. Raises ValueError for fewer.
+    first: (N, D), second: (M, D) float64. Raises ValueError if a set has fewer than two rows.
     """
     n, m = len(first), len(second)
     if min(n, m) < 2:

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: how two sets of features cover each other's nearest-neighbour balls."""
+"""Precision, recall, density and coverage: how the nearest-neighbour balls of two sets of features cover the other set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusion_core.metrics.statistics import check_features
 
 @dataclass(frozen=True)
 class ManifoldScores:
-    """All in [0, 1], but density, which may exceed 1."""
+    """All scores lie in [0, 1], except density, which may exceed 1."""
 
     precision: float
     recall: float
@@ -25,17 +25,17 @@ class ManifoldScores:
 def manifold_scores(
     real: np.ndarray, generated: np.ndarray, *, neighbours: int = 3, block_size: int = 2048
 ) -> ManifoldScores:
-    """Fidelity and variety from balls around each sample that reach its k-th nearest neighbour of the same set.
+    """Measure fidelity and variety with a ball around each sample that reaches its k-th nearest neighbour of the same set.
 
     precision  share of generated samples inside some real ball       (arXiv 1904.06991, eq. 2)
-    recall     share of real samples inside some generated ball       (the same)
-    density    real balls that a generated sample lies in, over k     (arXiv 2002.09797, eq. 4)
+    recall     share of real samples inside some generated ball       (arXiv 1904.06991, eq. 2)
+    density    mean of the real balls around a generated sample / k   (arXiv 2002.09797, eq. 4)
     coverage   share of real balls that hold some generated sample    (arXiv 2002.09797, eq. 5)
 
-    real: (N, D), generated: (M, D); float64 inside. A ball includes its surface. Memory: ``block_size`` x max(N, M) distances.
-    torch-fidelity and 1904.06991 take k = 3, 2002.09797 takes 5: name k beside the figure.
+    real: (N, D), generated: (M, D); computed in float64. A ball includes its surface. Memory: ``block_size`` x max(N, M)
+    distances. torch-fidelity and 1904.06991 use k = 3, 2002.09797 uses 5: state k beside the figure.
 
-    Raises ValueError for features that are not two finite matrices of one width, or not more than k samples in each.
+    Raises ValueError if the features are not two finite matrices of one width, or a set has no more than k samples.
     """
     real, generated = check_features(real), check_features(generated)
     if real.shape[1] != generated.shape[1]:
@@ -45,7 +45,7 @@ def manifold_scores(
     smallest = min(len(real), len(generated))
     if not 1 <= neighbours < smallest:
         raise ValueError(f"neighbours must lie in 1 to {smallest - 1} for sets of {smallest} samples, got {neighbours}")
-    centre = real.mean(axis=0)  # distances stay, and lose fewer digits
+    centre = real.mean(axis=0)  # keeps the distances and loses fewer digits
     real_set, generated_set = torch.from_numpy(real - centre), torch.from_numpy(generated - centre)
     real_radius = _radii(real_set, neighbours, block_size)
     generated_radius = _radii(generated_set, neighbours, block_size)
@@ -65,7 +65,7 @@ def manifold_scores(
 
 
 def _radii(samples: Tensor, neighbours: int, block_size: int) -> Tensor:
-    """(N,) distance of each sample to its k-th nearest other sample."""
+    """Return the (N,) distance of each sample to its k-th nearest other sample."""
     radii = []
     for rows, distance in _distances(samples, samples, block_size):
         distance[torch.arange(len(distance)), torch.arange(rows.start, rows.stop)] = float("inf")

@@ -1,4 +1,4 @@
-"""Mean and covariance of feature vectors as sums that shards of samples can be merged from."""
+"""Mean and covariance of feature vectors, in a form that can be merged over shards of samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 class GaussianStatistics:
     """Count, mean (D,) and scatter (D, D), the sum of outer products of deviations from the mean; float64.
 
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError if the count is negative or the shapes do not fit.
     """
 
     n: int
@@ -22,24 +22,24 @@ class GaussianStatistics:
     def __post_init__(self) -> None:
         if self.n < 0 or self.mean.ndim != 1 or self.scatter.shape != (len(self.mean), len(self.mean)):
             raise ValueError(
-                f"statistics are a count, a mean (D,) and a scatter (D, D), got {self.n}, {self.mean.shape} and {self.scatter.shape}"
+                f"statistics must be a count, a mean (D,) and a scatter (D, D), got {self.n}, {self.mean.shape} and {self.scatter.shape}"
             )
 
     @classmethod
     def empty(cls, num_features: int) -> GaussianStatistics:
-        """Statistics of no samples: merged with others, they change nothing."""
+        """Return statistics of no samples, which change nothing in a merge."""
         return cls(0, np.zeros(num_features), np.zeros((num_features, num_features)))
 
     @classmethod
     def from_features(cls, features: np.ndarray) -> GaussianStatistics:
-        """Statistics of (N, D) features, N at least 1. Raises ValueError where a feature is not finite."""
+        """Return the statistics of (N, D) features, N at least 1. Raises ValueError if a feature is not finite."""
         features = check_features(features)
         mean = features.mean(axis=0)
         deviations = features - mean
         return cls(len(features), mean, deviations.T @ deviations)
 
     def merge(self, other: GaussianStatistics) -> GaussianStatistics:
-        """Statistics of both sets together (Chan, Golub and LeVeque, 1979, eq. 2.1, for vectors); the same bits either way round."""
+        """Return the statistics of both sets together (Chan, Golub and LeVeque, 1979, eq. 2.1, for vectors); commutes bit for bit."""
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"cannot merge statistics of {self.mean.shape[0]} and {other.mean.shape[0]} features")
         if self.n == 0 or other.n == 0:
@@ -52,19 +52,19 @@ class GaussianStatistics:
 
     @property
     def rank_deficient(self) -> bool:
-        """Whether there are too few samples for a covariance of full rank: at most as many as features."""
+        """Whether the covariance lacks full rank because there are no more samples than features."""
         return self.n <= len(self.mean)
 
     @property
     def covariance(self) -> np.ndarray:
-        """The unbiased covariance, scatter / (n - 1); needs two samples."""
+        """The unbiased covariance, scatter / (n - 1). Raises ValueError if there are fewer than two samples."""
         if self.n < 2:
             raise ValueError("a covariance needs at least two samples")
         return self.scatter / (self.n - 1)
 
 
 def merge_statistics(parts: Iterable[GaussianStatistics]) -> GaussianStatistics:
-    """All parts as one: the same bits in whatever order they come, because they are merged in an order of their own."""
+    """Merge all parts, in a sorted order, so that the result is bit-identical for any order. Raises ValueError without parts."""
     merged: GaussianStatistics | None = None
     for part in sorted(parts, key=lambda part: (part.n, part.mean.tolist(), float(np.trace(part.scatter)))):
         merged = part if merged is None else merged.merge(part)
@@ -74,10 +74,10 @@ def merge_statistics(parts: Iterable[GaussianStatistics]) -> GaussianStatistics:
 
 
 def check_features(features: np.ndarray) -> np.ndarray:
-    """(N, D) features as float64. Raises ValueError unless they are a matrix of at least one row, all finite."""
+    """Return (N, D) features as float64. Raises ValueError unless they are a finite matrix of at least one row."""
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2 or len(features) < 1:
         raise ValueError(f"features must be a matrix (N, D) with at least one row, got shape {features.shape}")
     if not np.isfinite(features).all():
-        raise ValueError("features hold NaN or infinity: the images or the extractor's weights are broken")
+        raise ValueError("features hold NaN or infinity: the images or the weights of the extractor are broken")
     return features

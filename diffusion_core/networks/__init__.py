@@ -15,9 +15,9 @@ NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "context_unet": ContextUNe
 
 
 def build_network(config: Mapping[str, Any]) -> nn.Module:
-    """The network that ``config`` describes: ``name``, ``condition`` (a ConditionSpec as a mapping) and its options.
+    """Build the network that ``config`` describes: ``name``, ``condition`` (a ConditionSpec as a mapping) and its options.
 
-    Raises ValueError for an unknown name or option.
+    Raises ValueError if the name or an option is unknown.
     """
     options = dict(config)
     name = options.pop("name", None)

@@ -6,29 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_core.networks.winograd import Conv3x3
+from diffusion_core.networks.dropout import Dropout
 
 RESAMPLINGS = ("conv", "pool", "residual")
-"""How a UNet changes the size between levels: by a convolution (DDPM), by pooling and repeating alone, or inside a residual
+"""Ways to change the size between the levels of a UNet: a convolution (DDPM), pooling and repeating alone, or a residual
 block (ADM, arXiv 2105.05233)."""
 
 
 def group_norm(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
-    """GroupNorm with at most ``groups`` groups: the largest number of them that divides ``channels``."""
+    """Return a GroupNorm whose number of groups is the largest divisor of ``channels`` up to ``groups``."""
     return nn.GroupNorm(max(g for g in range(1, min(groups, channels) + 1) if channels % g == 0), channels, eps=eps)
 
 
 def silu_of(fresh: Tensor) -> Tensor:
-    """SiLU of a tensor that nobody else holds: in place where no gradient is recorded."""
+    """SiLU of a tensor that nothing else uses: in place if no gradient is recorded."""
     return F.silu(fresh, inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, around a shortcut; the embedding enters at the second norm.
+    """Two rounds of norm, SiLU and convolution around a shortcut; the embedding enters at the second norm.
 
     The DDPM block (arXiv 2006.11239, appendix B). With ``scale_shift`` the embedding scales and shifts the second norm's
-    output (adaptive group normalisation, arXiv 2105.05233, section 3), otherwise it is added before that norm. ``resample``
-    "up" or "down" changes the size by two before the first convolution and in the shortcut (ADM).
+    output (adaptive group normalisation, arXiv 2105.05233, section 3); otherwise it is added before that norm. ``resample``
+    "up" or "down" doubles or halves the size before the first convolution and in the shortcut (ADM).
     The last convolution starts at zero, so that a new block is the identity (or its 1x1 shortcut).
     """
 
@@ -48,17 +48,17 @@ class ResidualBlock(nn.Module):
         self.scale_shift = scale_shift
         self.resample = resample
         self.norm1 = group_norm(in_channels, groups, eps)
-        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = nn.Linear(embedding_dim, (2 if scale_shift else 1) * out_channels)
         self.norm2 = group_norm(out_channels, groups, eps)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.dropout = Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x: (B, in_channels, H, W); embedding: (B, embedding_dim), already activated. Returns (B, out_channels, H', W')."""
+        """x: (B, in_channels, H, W); embedding: (B, embedding_dim), after its SiLU. Returns (B, out_channels, H', W')."""
         h = silu_of(self.norm1(x))
         if self.resample == "up":
             h, x = _repeat(h), _repeat(x)
@@ -89,11 +89,11 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, channels, H, W), the same shape out."""
-        projected = _linear(self.qkv, _pixels(self.norm(x)))
+        """x: (B, channels, H, W). Returns the same shape."""
+        projected = self.qkv(_pixels(self.norm(x)))
         query, key, value = (_heads(part, self.num_heads) for part in projected.chunk(3, dim=2))
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return x + _feature_map(_linear(self.project, _joined(mixed)), x)
+        return x + _feature_map(self.project(_joined(mixed)), x)
 
 
 class CrossAttention(nn.Module):
@@ -112,17 +112,17 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """x: (B, channels, H, W); tokens: (B, L, token_dim); mask: (B, 1, 1, L) bool, True for tokens that are there."""
-        query = _heads(_linear(self.query, _pixels(self.norm(x))), self.num_heads)
+        """x: (B, channels, H, W); tokens: (B, L, token_dim); mask: (B, 1, 1, L) bool, True for tokens to attend to. Returns x's shape."""
+        query = _heads(self.query(_pixels(self.norm(x))), self.num_heads)
         key, value = (_heads(part, self.num_heads) for part in self.key_value(tokens).chunk(2, dim=2))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return x + _feature_map(_linear(self.project, _joined(mixed)), x)
+        return x + _feature_map(self.project(_joined(mixed)), x)
 
 
 class Downsample(nn.Module):
-    """Half the size: by a strided 3x3 convolution, or by averaging alone.
+    """Halve the size by a strided 3x3 convolution, or by averaging if ``resampling`` is "pool".
 
-    ``asymmetric``: the convolution is padded at the right and bottom only, as in DDPM's original code.
+    ``asymmetric``: pad the convolution at the right and bottom only, as in DDPM's original code.
     """
 
     def __init__(self, channels: int, *, resampling: str = "conv", asymmetric: bool = False) -> None:
@@ -141,11 +141,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: by nearest neighbours, and a 3x3 convolution unless ``resampling`` is "pool"."""
+    """Double the size by nearest neighbours, followed by a 3x3 convolution unless ``resampling`` is "pool"."""
 
     def __init__(self, channels: int, *, resampling: str = "conv") -> None:
         super().__init__()
-        self.conv = Conv3x3(channels, channels) if resampling == "conv" else nn.Identity()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if resampling == "conv" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(_repeat(x))
@@ -164,27 +164,8 @@ def _num_heads(channels: int, head_dim: int | None) -> int:
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, H W, C); no copy of a channels-last map."""
+    """(B, C, H, W) to (B, H W, C), without a copy if the map is channels-last."""
     return x.flatten(2).transpose(1, 2)
-
-
-def _linear(layer: nn.Linear, tokens: Tensor) -> Tensor:
-    """(B, N, C) to (B, N, C'), in eager float32 on several cores as a 1x1 convolution.
-
-    oneDNN, which computes it, is twice as fast as the matrix product of MKL on the AMD processor with AVX-512 that was
-    measured; on the one with AVX2 the two were alike (docs/results/core.md). PyTorch does not ask oneDNN on a single core.
-    """
-    if (
-        tokens.device.type != "cpu"
-        or tokens.dtype != torch.float32
-        or not tokens.is_contiguous()
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-        or torch.get_num_threads() == 1
-    ):
-        return layer(tokens)
-    as_map = tokens.transpose(1, 2).unsqueeze(2)  # (B, C, 1, N), lying channels-last
-    return F.conv2d(as_map, layer.weight[:, :, None, None], layer.bias).squeeze(2).transpose(1, 2)
 
 
 def _feature_map(tokens: Tensor, like: Tensor) -> Tensor:

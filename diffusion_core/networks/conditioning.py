@@ -1,4 +1,4 @@
-"""Conditions: what a sample is asked to be, its null, and how a network takes it in."""
+"""Conditions of a sample, their null values, and the layers that read them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ KINDS = ("none", "class", "classes", "multi_hot", "vector", "tokens")
 
 @dataclass(frozen=True)
 class ConditionSpec:
-    """The kind of a condition and its size.
+    """The kind and size of a condition.
 
     =============  =======================================================================  ===========================
-    kind           a batch of it                                                            its null
+    kind           a batch                                                                  null
     =============  =======================================================================  ===========================
     ``class``      (B,) int64 in [0, size)                                                  ``size``
-    ``classes``    (B, len(sizes)) int64, several attributes: column i in [0, sizes[i])     ``sizes[i]``, each by itself
+    ``classes``    (B, len(sizes)) int64, several attributes: column i in [0, sizes[i])     ``sizes[i]``, per attribute
     ``multi_hot``  (B, size) float in [0, 1]; fractions mix attributes                      -1 everywhere
     ``vector``     (B, size) float, any reals                                               NaN everywhere
     ``tokens``     (B, length, size) float; shorter sequences end in rows of NaN            NaN everywhere
-    ``none``       no condition at all                                                      (B, 0)
+    ``none``       no condition                                                             (B, 0)
     =============  =======================================================================  ===========================
 
-    The null travels in the tensor itself, so that conditions of all kinds are batched, dropped and guided alike.
+    The null is a value of the tensor itself, so that conditions of all kinds are batched, dropped and guided alike.
     ``sizes`` belongs to ``classes`` (``size`` is then the number of attributes), ``length`` to ``tokens``.
 
-    Raises ValueError for an unknown kind, or a size that the kind lacks or does not have.
+    Raises ValueError if the kind is unknown, or a size is missing, out of range or not one of this kind.
     """
 
     kind: str = "none"
@@ -46,7 +46,7 @@ class ConditionSpec:
         object.__setattr__(self, "sizes", tuple(self.sizes))
         for name, value in (("size", self.size), ("length", self.length), *(("sizes", size) for size in self.sizes)):
             if not is_whole(value):
-                raise ValueError(f"{name} of a condition is a whole number, got {value!r}")
+                raise ValueError(f"{name} of a condition must be a whole number, got {value!r}")
         if self.kind == "classes":
             if not self.sizes or min(self.sizes) < 1 or self.size not in (0, len(self.sizes)):
                 raise ValueError(
@@ -55,17 +55,17 @@ class ConditionSpec:
                 )
             object.__setattr__(self, "size", len(self.sizes))
         elif self.sizes:
-            raise ValueError(f"sizes belongs to a condition of kind 'classes': leave it out for {self.kind!r}")
+            raise ValueError(f"sizes belongs to a condition of kind 'classes': omit it for {self.kind!r}")
         if self.kind != "none" and self.size < 1:
             raise ValueError(f"a condition of kind {self.kind!r} needs a size of at least 1, got {self.size}")
         if (self.kind == "tokens") != (self.length > 0):
             raise ValueError(
-                "length, the number of tokens, must be at least 1 for a condition of kind 'tokens' and left out for "
-                f"others, got kind {self.kind!r} and length {self.length}"
+                "length, the number of tokens, must be at least 1 for a condition of kind 'tokens' and omitted for "
+                f"other kinds, got kind {self.kind!r} and length {self.length}"
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """What JSON carries of it; ``ConditionSpec(**spec.as_dict()) == spec``."""
+        """Return the fields as JSON values; ``ConditionSpec(**spec.as_dict()) == spec``."""
         record: dict[str, Any] = {"kind": self.kind, "size": self.size}
         if self.sizes:
             record["sizes"] = list(self.sizes)
@@ -75,13 +75,13 @@ class ConditionSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one condition, without the batch."""
+        """The shape of one condition, without the batch dimension."""
         if self.kind == "class":
             return ()
         return (self.length, self.size) if self.kind == "tokens" else (self.size,)
 
     def null(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
-        """A batch of null conditions."""
+        """Return a batch of ``batch`` null conditions."""
         if self.kind == "class":
             return torch.full((batch,), self.size, dtype=torch.int64, device=device)
         if self.kind == "classes":
@@ -90,22 +90,22 @@ class ConditionSpec:
         return torch.full((batch, *self.shape), fill, device=device)
 
     def drop(self, condition: Tensor, dropped: Tensor) -> Tensor:
-        """``condition`` with the null wherever ``dropped`` ((B,) bool) says so (arXiv 2207.12598, algorithm 1).
+        """Return ``condition`` with the null in the rows that ``dropped`` ((B,) bool) marks (arXiv 2207.12598, algorithm 1).
 
-        Raises ValueError for a condition of another shape or type, or a mask that is not one flag each.
+        Raises ValueError if the condition has another shape or type, or the mask is not one flag per row.
         """
         self.check_shape(condition)
         if dropped.shape != condition.shape[:1] or dropped.dtype != torch.bool:
             raise ValueError(
-                f"dropped is one flag for each of {condition.shape[0]} conditions, got {dropped.dtype} {tuple(dropped.shape)}"
+                f"dropped must be one flag for each of {condition.shape[0]} conditions, got {dropped.dtype} {tuple(dropped.shape)}"
             )
         mask = dropped.view(-1, *([1] * (condition.ndim - 1)))
         return torch.where(mask, self.null(condition.shape[0], condition.device).to(condition.dtype), condition)
 
     def check_shape(self, condition: Tensor) -> None:
-        """Raise ValueError unless ``condition`` has the shape and type of a batch of this kind; reads no value."""
+        """Raise ValueError unless ``condition`` has the shape and type of a batch of this kind. Reads no values."""
         if not isinstance(condition, Tensor):
-            raise ValueError(f"a condition is a tensor, one row an image, got {type(condition).__name__}")
+            raise ValueError(f"a condition must be a tensor with one row per image, got {type(condition).__name__}")
         if self.kind == "none":
             if condition.ndim != 2 or condition.shape[1] != 0:
                 raise ValueError(
@@ -114,17 +114,17 @@ class ConditionSpec:
             return
         if tuple(condition.shape[1:]) != self.shape or condition.ndim < 1:
             raise ValueError(
-                f"a {self.kind} condition has shape (B{''.join(f', {n}' for n in self.shape)}), got {tuple(condition.shape)}"
+                f"a {self.kind} condition must have shape (B{''.join(f', {n}' for n in self.shape)}), got {tuple(condition.shape)}"
             )
         integer = self.kind in ("class", "classes")
         if integer == (condition.is_floating_point() or condition.dtype == torch.bool):
             raise ValueError(
-                f"a {self.kind} condition holds {'integers' if integer else 'floats'}, got {condition.dtype}: "
+                f"a {self.kind} condition must hold {'integers' if integer else 'floats'}, got {condition.dtype}: "
                 f"convert it with .{'long' if integer else 'float'}()"
             )
 
     def check(self, condition: Tensor) -> None:
-        """Raise ValueError unless ``condition`` is a batch of this kind, its values too: a GPU waits for them."""
+        """Raise ValueError unless ``condition`` is a batch of this kind. Reads the values, which waits for a GPU."""
         self.check_shape(condition)
         if self.kind in ("class", "classes"):
             sizes = self.sizes or (self.size,)
@@ -137,20 +137,23 @@ class ConditionSpec:
         elif self.kind == "multi_hot":
             null = (condition == -1).all(dim=1)
             if not bool((null | ((condition >= 0) & (condition <= 1)).all(dim=1)).all()):
-                raise ValueError("a multi_hot condition holds values from 0 to 1 (or -1 everywhere in a row, the null)")
+                raise ValueError("a multi_hot condition must hold values from 0 to 1 (or -1 in a whole row, the null)")
         elif self.kind in ("vector", "tokens"):
             null = condition.isnan().all(dim=-1)
             if not bool((null | condition.isfinite().all(dim=-1)).all()):
                 what = "vector" if self.kind == "vector" else "token"
-                raise ValueError(f"a {what} of the condition is partly NaN, or infinite: only a whole one may be NaN")
+                raise ValueError(
+                    f"a {what} of the condition is partly NaN, or infinite: only a whole {what} may be NaN"
+                )
             if self.kind == "tokens" and bool((null[:, :-1] & ~null[:, 1:]).any()):
-                raise ValueError("a token of NaN is padding and must come after the sequence's last token")
+                raise ValueError("tokens of NaN are padding and must come after the last token of a sequence")
 
 
 class ConditionEmbedding(nn.Module):
-    """(B, dim) embedding of a condition of any kind but tokens, with a learned vector for its null.
+    """(B, dim) embedding of a condition of any kind except tokens, with a learned vector for its null.
 
-    Several classes are the sum of their embeddings. The null of a multi-hot or real vector starts at ``null_init``.
+    The embeddings of several classes are summed. The null of a multi-hot or real vector starts at ``null_init``.
+    Raises ValueError if the kind is "none" or "tokens".
     """
 
     def __init__(self, spec: ConditionSpec, dim: int, *, null_init: float = 0.0) -> None:
@@ -164,7 +167,7 @@ class ConditionEmbedding(nn.Module):
             self.project = nn.Sequential(nn.Linear(spec.size, dim), nn.SiLU(), nn.Linear(dim, dim))
             self.null_embedding = nn.Parameter(torch.full((dim,), null_init))
         else:
-            raise ValueError(f"a condition of kind {spec.kind!r} has no embedding as one vector: use network 'unet'")
+            raise ValueError(f"a condition of kind {spec.kind!r} has no embedding as one vector")
 
     def forward(self, condition: Tensor | None, batch: int, device: torch.device) -> Tensor:
         condition = _given_or_null(self.spec, condition, batch, device)
@@ -179,10 +182,10 @@ class ConditionEmbedding(nn.Module):
 
 
 class TokenSequence(nn.Module):
-    """What cross-attention reads of a condition of kind tokens: the tokens, and which of them are there.
+    """The tokens of a condition and their mask, as cross-attention reads them.
 
-    ``forward`` returns (tokens (B, length, size), mask (B, 1, 1, length) bool, True where attention may look). Padding is
-    zeroed and masked; a null sequence becomes one learned token, so that no image ever attends to nothing.
+    ``forward`` returns (tokens (B, length, size), mask (B, 1, 1, length) bool, True for tokens to attend to). Padding is
+    zeroed and masked; a null sequence becomes one learned token, so that every image has a token to attend to.
     """
 
     def __init__(self, spec: ConditionSpec) -> None:
@@ -206,8 +209,8 @@ def _given_or_null(spec: ConditionSpec, condition: Tensor | None, batch: int, de
         return spec.null(batch, device)
     if torch.compiler.is_compiling() or (isinstance(condition, Tensor) and condition.device.type != "cpu"):
         spec.check_shape(condition)
-    else:  # where reading the values costs nothing
+    else:  # reading the values costs nothing on a CPU
         spec.check(condition)
     if condition.shape[0] != batch:
-        raise ValueError(f"{condition.shape[0]} conditions were given for {batch} images: give one each")
+        raise ValueError(f"{condition.shape[0]} conditions were given for {batch} images: give one per image")
     return condition

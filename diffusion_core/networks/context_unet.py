@@ -1,4 +1,4 @@
-"""The context UNet: two levels, where the condition multiplies the features and the time is added to them."""
+"""The context UNet: two levels; the condition multiplies the features and the time is added to them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class ContextUNet(nn.Module):
     The context is a class, several attributes at once (several class ids, or a multi-hot vector whose fractions mix
     attributes), or a real vector. Its null multiplies by about 1 at the start of training.
 
-    GroupNorm (arXiv 1803.08494) stands where such networks often use BatchNorm. BatchNorm's statistics mix all images and
-    all noise levels of a batch, so an image's prediction would depend on who else is in the batch; at sampling time, when
-    every image of a batch has the same noise level, its running averages over all levels fit none of them; and each
-    distributed worker would keep running averages of its own. GroupNorm normalises an image by that image alone.
+    GroupNorm (arXiv 1803.08494) replaces the BatchNorm that such networks often use. BatchNorm's statistics mix all images
+    and noise levels of a batch, so that the prediction of an image would depend on the rest of the batch. In sampling, all
+    images of a batch have the same noise level, which running averages over all levels do not fit. And each distributed
+    worker would have its own running averages. GroupNorm normalises each image by itself.
 
-    ``image_size`` is any even number: a map of odd size is halved rounding up, and cut to size again on the way up.
+    ``image_size`` is any even number: a map of odd size is halved rounding up, and cropped on the way up.
 
-    Raises ValueError for an odd size, and for a condition of kind tokens (this network has no attention).
+    Raises ValueError if the size is odd or the condition is of kind tokens (this network has no attention).
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class ContextUNet(nn.Module):
         if channels % 2:
             raise ValueError(f"context_unet needs an even number of channels, got {channels}")
         if not is_whole(image_size) or image_size < 2 or image_size % 2:
-            raise ValueError(
-                f"context_unet needs an even image_size of at least 2, got {image_size}: change prepare.image_size"
-            )
+            raise ValueError(f"context_unet needs an even image_size of at least 2, got {image_size}")
+        if condition.kind == "tokens":
+            raise ValueError("context_unet takes no condition of kind 'tokens': it has no attention, unlike unet")
         self.condition = condition
         self.channels = channels
         self.image_size, self.image_channels = image_size, image_channels
@@ -79,7 +79,7 @@ class ContextUNet(nn.Module):
     def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, self_condition: Tensor | None = None
     ) -> Tensor:
-        """x_t: (B, C, H, W); t: (B,) int64; condition: as the spec says, None for the null; self_condition: as x_t.
+        """x_t: (B, C, H, W); t: (B,) int64; condition: a batch of the ConditionSpec, or None for the null; self_condition: like x_t.
 
         Returns (B, C, H, W). Raises ValueError as `UNet.forward` does.
         """
@@ -107,7 +107,7 @@ class ContextUNet(nn.Module):
 
 
 class _ConvBlock(nn.Module):
-    """Two convolutions with GroupNorm and SiLU; with ``residual``, the second is added to the first."""
+    """Two convolutions with GroupNorm and SiLU; ``residual`` adds the second to the first."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, *, residual: bool = False) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _ConvBlock(nn.Module):
 
 
 class _UpBlock(nn.Module):
-    """Twice the size by a transposed convolution of (features, skip), cut to ``size``, then two convolution blocks."""
+    """A transposed convolution of (features, skip) to twice the size, cropped to ``size``, and two convolution blocks."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()

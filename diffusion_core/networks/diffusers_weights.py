@@ -1,7 +1,7 @@
-"""Weights of diffusers' ``UNet2DModel``, read into a `UNet` and written from one. Takes plain dictionaries: diffusers is not needed.
+"""Conversion between a `UNet` and the weights of diffusers' ``UNet2DModel``, as plain dictionaries: diffusers is not needed.
 
-The unconditional and class-conditional networks of convolutions, residual blocks and self-attention are covered, that of
-``google/ddpm-cifar10-32`` (35.7 M parameters) among them; others are refused by the name of the setting that stands in the way.
+It covers unconditional and class-conditional networks of convolutions, residual blocks and self-attention, such as
+``google/ddpm-cifar10-32`` (35.7 M parameters). Other networks are refused; the error names the setting that a `UNet` lacks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _DEFAULTS: dict[str, Any] = {
     "class_embed_type": None,
     "num_class_embeds": None,
 }
-"""What a setting is where config.json does not name it."""
+"""Values of the settings that config.json omits."""
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
@@ -64,66 +64,66 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None,),
 }
-"""The values of a setting that a `UNet` can carry."""
+"""The values of a setting that a `UNet` supports."""
 
 _BLOCKS: dict[tuple[str, str], tuple[bool, str | None]] = {
     ("DownBlock2D", "UpBlock2D"): (False, "conv"),
     ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"): (False, "resnet"),
     ("AttnDownBlock2D", "AttnUpBlock2D"): (True, None),
 }
-"""Block types of a level: whether it has attention, and its resampling (None: as downsample_type and upsample_type say)."""
+"""Block types of a level: whether it has attention, and its resampling (None: the value of downsample_type and upsample_type)."""
 
 
 def config_from_diffusers(
     config: Mapping[str, Any], *, image_size: int | None = None, last_class_is_null: bool = False
 ) -> dict[str, Any]:
-    """What `build_network` needs for the `UNet` that computes what ``UNet2DModel(**config)`` does.
+    """Return the `build_network` config of the `UNet` that computes the same as ``UNet2DModel(**config)``.
 
-    ``image_size`` stands in for a missing ``sample_size``. ``last_class_is_null``: the last of the class embeddings was
-    trained on images without a class, and becomes the null condition.
+    ``image_size`` replaces a missing ``sample_size``. ``last_class_is_null``: the last class embedding was trained on images
+    without a class, and becomes the null condition.
 
-    Raises ValueError that names the setting which a `UNet` cannot carry.
+    Raises ValueError, naming the setting, if a `UNet` does not support it.
     """
     given = {name: config.get(name, default) for name, default in _DEFAULTS.items()}
     for name, allowed in _ONLY.items():
         if given[name] not in allowed:
-            raise ValueError(f"diffusers' {name}={given[name]!r} has no counterpart here: only {_listed(allowed)} has")
+            raise ValueError(f"diffusers' {name}={given[name]!r} is not supported: allowed is {_listed(allowed)}")
     size = given["sample_size"] or image_size
     if isinstance(size, list | tuple) and len(set(size)) == 1:
         size = size[0]
     if not isinstance(size, int):
-        raise ValueError(f"the images must be square and of a known size, got sample_size={size!r}: pass image_size")
+        raise ValueError(f"the images must be square and their size known, got sample_size={size!r}: pass image_size")
     widths = list(given["block_out_channels"])
     if any(width % widths[0] for width in widths):
-        raise ValueError(f"block_out_channels={widths} has no counterpart here: each must be a multiple of the first")
+        raise ValueError(f"block_out_channels={widths} is not supported: each must be a multiple of the first")
     if given["time_embedding_dim"] not in (None, 4 * widths[0]):
         raise ValueError(
-            f"time_embedding_dim={given['time_embedding_dim']} has no counterpart here: only 4 x {widths[0]} has"
+            f"time_embedding_dim={given['time_embedding_dim']} is not supported: allowed is 4 x {widths[0]}"
         )
     if given["in_channels"] * 2 != given["out_channels"] and given["in_channels"] != given["out_channels"]:
         raise ValueError(
-            f"in_channels={given['in_channels']} and out_channels={given['out_channels']} have no counterpart here: "
-            "as many come out as go in, or twice as many (learned variance)"
+            f"in_channels={given['in_channels']} and out_channels={given['out_channels']} are not supported: "
+            "out_channels must be in_channels, or twice as many (learned variance)"
         )
     scale_shift = given["resnet_time_scale_shift"] == "scale_shift"
     if given["attn_norm_num_groups"] not in (None, given["norm_num_groups"]):
         raise ValueError(
-            f"attn_norm_num_groups={given['attn_norm_num_groups']} differs from norm_num_groups: no counterpart here"
+            f"attn_norm_num_groups={given['attn_norm_num_groups']} is not supported: it must equal norm_num_groups"
         )
     if last_class_is_null and given["num_class_embeds"] is None:
-        raise ValueError("last_class_is_null is about num_class_embeds, which this config does not have: leave it out")
+        raise ValueError("last_class_is_null needs num_class_embeds, which this config does not have: omit it")
     if not len(widths) == len(given["down_block_types"]) == len(given["up_block_types"]):
         raise ValueError(
-            f"block_out_channels, down_block_types and up_block_types name {len(widths)}, {len(given['down_block_types'])} "
-            f"and {len(given['up_block_types'])} levels: they must be as many"
+            f"block_out_channels, down_block_types and up_block_types have {len(widths)}, {len(given['down_block_types'])} "
+            f"and {len(given['up_block_types'])} levels: they must have the same number"
         )
     attention_sizes, resamplings = [], []
     for level, (down, up) in enumerate(zip(given["down_block_types"], reversed(given["up_block_types"]), strict=True)):
         down, up = down.removeprefix("UNetRes"), up.removeprefix("UNetRes")  # the prefix of its first releases
         if (down, up) not in _BLOCKS:
             raise ValueError(
-                f"blocks {down} and {up} of level {level} have no counterpart here: "
-                f"only the pairs {', '.join(' and '.join(pair) for pair in _BLOCKS)} have"
+                f"blocks {down} and {up} of level {level} are not supported: "
+                f"allowed are the pairs {', '.join(' and '.join(pair) for pair in _BLOCKS)}"
             )
         attends, ways = _BLOCKS[down, up]
         if attends:
@@ -134,7 +134,7 @@ def config_from_diffusers(
             resamplings.append(ways or given["upsample_type"])
     if len(set(resamplings)) > 1:
         raise ValueError(
-            "this network resamples by convolution at some levels and by a residual block at others: here all are alike"
+            "this network resamples by convolution at some levels and by a residual block at others: all must be the same"
         )
     resampling = "residual" if "resnet" in resamplings else "conv"
     num_classes = given["num_class_embeds"]
@@ -172,10 +172,10 @@ def unet_from_diffusers(
     image_size: int | None = None,
     last_class_is_null: bool = False,
 ) -> UNet:
-    """The `UNet` that computes what ``UNet2DModel(**config)`` with these weights does; see `config_from_diffusers`.
+    """Return the `UNet` that computes the same as ``UNet2DModel(**config)`` with these weights; see `config_from_diffusers`.
 
-    Without ``last_class_is_null`` the null condition, which the other network does not have, adds zero to the time embedding.
-    Raises ValueError for a setting without a counterpart, and for weights that are missing, left over or of another shape.
+    Without ``last_class_is_null``, the other network has no null condition; here it adds zero to the time embedding.
+    Raises ValueError if a setting is not supported, or weights are missing, unknown or of another shape.
     """
     options = config_from_diffusers(config, image_size=image_size, last_class_is_null=last_class_is_null)
     options.pop("name")
@@ -187,16 +187,16 @@ def unet_from_diffusers(
         if absent:
             raise ValueError(f"the diffusers weights lack {', '.join(absent)}: they do not belong to this config")
         parts = [remaining.pop(name) for name in theirs]
-        if ".attentions." in theirs[0]:  # once written as a 1x1 convolution
+        if ".attentions." in theirs[0]:  # early releases saved a 1x1 convolution
             parts = [part.flatten(1) if part.ndim == 4 and part.shape[2:] == (1, 1) else part for part in parts]
         if len({part.shape for part in parts}) > 1:
             raise ValueError(
-                f"the diffusers weights {', '.join(theirs)} have shapes {', '.join(str(list(part.shape)) for part in parts)}: they must be alike"
+                f"the diffusers weights {', '.join(theirs)} have shapes {', '.join(str(list(part.shape)) for part in parts)}: they must be equal"
             )
         state[ours] = torch.cat(parts)
     if remaining:
         raise ValueError(
-            f"the diffusers weights hold {', '.join(sorted(remaining)[:4])}, which this config has no place for"
+            f"the diffusers weights hold {', '.join(sorted(remaining)[:4])}, which this config does not have"
         )
     table = "condition_embedding.table.weight"
     if table in state and not last_class_is_null:
@@ -211,22 +211,22 @@ def unet_from_diffusers(
 
 
 def unet_to_diffusers(network: UNet, *, null_class: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, weights) of the ``UNet2DModel`` that computes what ``network`` does.
+    """Return (config, weights) of the ``UNet2DModel`` that computes the same as ``network``.
 
-    A class condition of N classes becomes ``num_class_embeds`` N + 1: the last is the null. Without ``null_class`` it is
-    left out: what was read from a network without one is written as it was.
-    Raises ValueError that names what a UNet2DModel cannot carry.
+    A class condition of N classes becomes ``num_class_embeds`` N + 1; the last is the null. ``null_class=False`` omits it, so
+    that a network read without a null is written back unchanged.
+    Raises ValueError, naming the option, if a UNet2DModel does not support it.
     """
     options = network.config
     kind = network.condition.kind
     if kind not in ("none", "class"):
-        raise ValueError(f"a UNet2DModel takes no condition of kind {kind!r}: only a class, or none")
+        raise ValueError(f"a UNet2DModel takes no condition of kind {kind!r}: allowed are 'class' and 'none'")
     if options["self_conditioning"]:
         raise ValueError("a UNet2DModel has no self_conditioning")
     sizes = [options["image_size"] // 2**level for level in range(len(options["multipliers"]))]
     attends = [size in options["attention_sizes"] for size in sizes]
     if options["resampling"] == "pool":
-        raise ValueError("a UNet2DModel has no resampling 'pool': only 'conv' and 'residual'")
+        raise ValueError("a UNet2DModel has no resampling 'pool': allowed are 'conv' and 'residual'")
     widths = [options["channels"] * multiplier for multiplier in options["multipliers"]]
     if any(width % options["groups"] for width in widths):
         raise ValueError(f"a UNet2DModel needs widths {widths} that are multiples of groups={options['groups']}")
@@ -269,17 +269,17 @@ def unet_to_diffusers(network: UNet, *, null_class: bool = True) -> tuple[dict[s
 
 
 def read_diffusers_folder(folder: Path, **options: Any) -> UNet:
-    """`unet_from_diffusers` of a folder with config.json and diffusion_pytorch_model.safetensors.
+    """Read a folder with config.json and diffusion_pytorch_model.safetensors; ``options`` as in `unet_from_diffusers`.
 
-    Raises ValueError where a file is missing or damaged, and as `unet_from_diffusers` does.
+    Raises ValueError if a file is missing or damaged, and as `unet_from_diffusers` does.
     """
     folder = Path(folder)
     config, path = read_json(folder / "config.json"), folder / WEIGHTS_FILE
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'} does not hold a network's settings")
+        raise ValueError(f"{folder / 'config.json'} does not hold the settings of a network")
     if not path.exists() and path.with_suffix(".bin").exists():
         raise ValueError(
-            f"{path.with_suffix('.bin')} is a pickle, which is not opened: save the model with safe_serialization=True"
+            f"{path.with_suffix('.bin')} is a pickle, which is not read: save the model with safe_serialization=True"
         )
     try:
         weights = load_file(path)
@@ -291,7 +291,7 @@ def read_diffusers_folder(folder: Path, **options: Any) -> UNet:
 def write_diffusers_folder(network: UNet, folder: Path, *, null_class: bool = True) -> None:
     """Write config.json and diffusion_pytorch_model.safetensors, which ``UNet2DModel.from_pretrained(folder)`` reads.
 
-    ``null_class`` and what is refused: see `unet_to_diffusers`.
+    ``null_class`` and the errors: see `unet_to_diffusers`.
     """
     config, weights = unet_to_diffusers(network, null_class=null_class)
     with atomic_folder(Path(folder)) as temporary:
@@ -300,7 +300,7 @@ def write_diffusers_folder(network: UNet, folder: Path, *, null_class: bool = Tr
 
 
 def _pairs(network: UNet) -> Iterator[tuple[str, list[str]]]:
-    """(our parameter, their parameters whose concatenation it is) for each parameter of the network."""
+    """Yield (our parameter, their parameters that concatenate to it) for each parameter of the network."""
     options = network.config
     levels, per_level = len(options["multipliers"]), options["num_res_blocks"]
     modules = [
@@ -361,7 +361,7 @@ def _resampler(ours: str, theirs: str) -> list[tuple[str, str]]:
 
 
 def _current_name(name: str) -> str:
-    """The name that today's diffusers gives a weight; its first releases called the parts of attention otherwise."""
+    """Return a weight's name in current diffusers; early releases named the parts of attention differently."""
     if ".attentions." in name:
         for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
             name = name.replace(f".{old}.", f".{new}.")

@@ -13,8 +13,8 @@ def sinusoidal_embedding(
 ) -> Tensor:
     """(B,) steps to (B, dim) float32: sines then cosines of t at dim / 2 geometric frequencies (arXiv 1706.03762, section 3.5).
 
-    The frequencies are max_period^(-i / (dim / 2 - frequency_shift)), i = 0 .. dim / 2 - 1. DDPM's own code has a shift of 1
-    (the last frequency is 1 / max_period), ADM's a shift of 0 and the cosines first. ``dim`` must be even.
+    The frequencies are max_period^(-i / (dim / 2 - frequency_shift)), i = 0 .. dim / 2 - 1. DDPM's own code uses a shift of 1
+    (the last frequency is 1 / max_period), ADM's a shift of 0 with the cosines first. Raises ValueError if ``dim`` is odd.
     """
     if dim % 2:
         raise ValueError(f"a sinusoidal embedding needs an even size, got {dim}")

@@ -1,4 +1,4 @@
-"""How feature maps lie in memory, and what the allocator does with the memory of those that are done."""
+"""The memory layout of feature maps, and the allocator's treatment of freed ones."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _NEVER = 2**31 - 1
 
 
 def best_memory_format(device: torch.device | str, dtype: torch.dtype) -> torch.memory_format:
-    """The layout in which a UNet that computes in ``dtype`` runs fastest: channels-last, except in bfloat16 on a CPU.
+    """Return the fastest memory layout of a UNet that computes in ``dtype``: channels-last, except in bfloat16 on a CPU.
 
-    Convolutions want channels-last everywhere. PyTorch's group norm for CPUs is slow there, in bfloat16 up to 30 times as
-    slow (docs/results/core.md), which costs more than the convolutions gain.
+    Convolutions are fastest in channels-last. But PyTorch's bfloat16 group norm for CPUs is up to 30 times slower in it
+    (docs/results/core.md), which costs more than the convolutions gain.
     """
     if torch.device(device).type == "cpu" and dtype == torch.bfloat16:
         return torch.contiguous_format
@@ -23,11 +23,11 @@ def best_memory_format(device: torch.device | str, dtype: torch.dtype) -> torch.
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep the memory of freed tensors for the next ones, for the rest of this process; says whether it does.
+    """Make glibc keep the memory of freed tensors for the rest of this process. Returns whether it does.
 
-    Every step of a training or sampling run allocates and frees the same feature maps. By default glibc gives large ones
-    back to the kernel, which must map and clear their pages again: up to a third of a training step on a CPU
-    (docs/results/core.md). The process then never shrinks below its peak. Elsewhere than on glibc nothing happens.
+    Every step of a training or sampling run allocates and frees the same feature maps. By default glibc returns large ones
+    to the kernel, which must map and clear their pages again: up to a third of a training step on a CPU
+    (docs/results/core.md). The process then never shrinks below its peak. Does nothing without glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""The DDPM / ADM UNet: residual blocks at several resolutions, attention at the chosen ones."""
+"""The DDPM / ADM UNet: residual blocks at several resolutions, attention at chosen ones."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from diffusion_core.networks.embeddings import sinusoidal_embedding
 class UNet(nn.Module):
     """The network of DDPM (arXiv 2006.11239, appendix B) with ADM's scale-shift blocks (arXiv 2105.05233).
 
-    ``channels`` times each of ``multipliers`` is the width of a level, each half the size of the one before;
-    ``num_res_blocks`` blocks a level (one more on the way up); attention at the levels whose size is in
-    ``attention_sizes`` and, unless ``middle_attention`` is off, in the middle. The condition's embedding is added to the
-    time embedding; a sequence of tokens is read by cross-attention, wherever there is self-attention.
+    ``channels`` times each of ``multipliers`` is the width of a level; each level has half the size of the one before and
+    ``num_res_blocks`` blocks (one more on the way up). Attention is at the levels whose size is in ``attention_sizes`` and,
+    unless ``middle_attention`` is off, in the middle. The condition's embedding is added to the time embedding;
+    cross-attention, next to each self-attention, reads a sequence of tokens.
 
-    ``scale_shift``         the embedding scales and shifts each block's second norm; else it is added before that norm (DDPM)
+    ``scale_shift``         the embedding scales and shifts each block's second norm; otherwise it is added before it (DDPM)
     ``resampling``          between levels: "conv", "pool" (no weights), or "residual" (inside a residual block, ADM)
     ``learned_variance``    2 C output channels: the prediction, then the interpolation v of arXiv 2102.09672, eq. 15
-    ``self_conditioning``   the input is x_t and the last estimate of x0 (arXiv 2208.04202), zeros where there is none
-    ``head_dim``            channels of an attention head; None is one head
+    ``self_conditioning``   the input is x_t and the last estimate of x0 (arXiv 2208.04202), or zeros without one
+    ``dropout``             the share of numbers that each block's `Dropout` zeroes in training
+    ``head_dim``            channels of an attention head; None for a single head
 
     ``norm_eps``, ``cos_first``, ``frequency_shift``, ``asymmetric_downsampling`` and ``middle_attention_norm`` exist so that
     networks trained elsewhere compute the same here (`diffusers_weights`).
 
-    Raises ValueError where ``image_size`` cannot be halved once for each level after the first, for options out of range,
-    and for a condition of kind tokens in a network without attention.
+    Raises ValueError if ``image_size`` cannot be halved once per level after the first, an option is out of range, or the
+    condition is of kind tokens and the network has no attention.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class UNet(nn.Module):
         if resampling not in RESAMPLINGS:
             raise ValueError(f"unknown resampling {resampling!r}: choose one of {', '.join(RESAMPLINGS)}")
         if asymmetric_downsampling and resampling != "conv":
-            raise ValueError(f"asymmetric_downsampling is about the padding of resampling 'conv', not {resampling!r}")
+            raise ValueError(f"asymmetric_downsampling is an option of resampling 'conv', not of {resampling!r}")
         self.config: dict[str, Any] = {
             "image_size": image_size,
             "image_channels": image_channels,
@@ -137,7 +138,7 @@ class UNet(nn.Module):
             )
 
         def stage(block: nn.Module, width: int, attend: bool, norm: bool = True) -> nn.ModuleList:
-            """[block, self-attention or identity], and cross-attention where there are tokens to attend to."""
+            """[block, self-attention or identity], followed by cross-attention if the condition is of tokens."""
             if not attend:
                 return nn.ModuleList([block, nn.Identity()])
             parts = [block, SelfAttention(width, head_dim=head_dim, groups=groups, eps=norm_eps, norm=norm)]
@@ -178,8 +179,8 @@ class UNet(nn.Module):
                 size *= 2
         if condition.kind == "tokens" and not any(isinstance(module, CrossAttention) for module in self.modules()):
             raise ValueError(
-                "a condition of kind tokens is read by attention, and this network has none: name a size in "
-                f"attention_sizes {list(attention_sizes)} that its levels have, or turn middle_attention on"
+                "a condition of kind tokens needs attention, and this network has none: put the size of a level into "
+                f"attention_sizes, which is {list(attention_sizes)}, or turn middle_attention on"
             )
         self.norm_out = group_norm(width, groups, norm_eps)
         self.conv_out = nn.Conv2d(width, (2 if learned_variance else 1) * image_channels, 3, padding=1)
@@ -189,16 +190,17 @@ class UNet(nn.Module):
     def forward(
         self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, self_condition: Tensor | None = None
     ) -> Tensor:
-        """x_t: (B, C, H, W); t: (B,) int64; condition: as the spec says, None for the null; self_condition: as x_t.
+        """x_t: (B, C, H, W); t: (B,) int64; condition: a batch of the ConditionSpec, or None for the null; self_condition: like x_t.
 
-        Returns (B, C, H, W), or (B, 2 C, H, W) with a learned variance. Raises ValueError for tensors of another shape or type,
-        a self_condition that the network was not built to take, and, on a CPU, a condition outside the vocabulary.
+        Returns (B, C, H, W), or (B, 2 C, H, W) with a learned variance. Raises ValueError if a tensor has another shape or type,
+        self_condition is given to a network without self-conditioning, or (on a CPU only) the condition is out of range.
         """
         check_inputs(x_t, t, self.image_channels, self.conv_in.weight)
         factor = 2 ** (len(self.config["multipliers"]) - 1)
         if x_t.shape[2] % factor or x_t.shape[3] % factor:
             raise ValueError(
-                f"this network halves images {factor.bit_length() - 1} times: {tuple(x_t.shape[2:])} must be multiples of {factor}"
+                f"this network halves images {factor.bit_length() - 1} times: height and width must be multiples of {factor}, "
+                f"got {tuple(x_t.shape[2:])}"
             )
         if self.condition.kind == "none" and condition is not None:
             self.condition.check_shape(condition)
@@ -245,9 +247,9 @@ def _stages(modules: nn.ModuleList) -> Iterable[nn.ModuleList]:
 
 
 def join_self_condition(x_t: Tensor, self_condition: Tensor | None, self_conditioning: bool) -> Tensor:
-    """The network's input: x_t, followed by the last estimate of x0 (zeros without one) where the network takes it.
+    """Return the network's input: x_t, and with self-conditioning the last estimate of x0 (zeros without one) after it.
 
-    Raises ValueError for an estimate given to a network that does not take one, or of another shape.
+    Raises ValueError if an estimate is given to a network without self-conditioning, or has another shape than x_t.
     """
     if not self_conditioning:
         if self_condition is not None:
@@ -255,13 +257,13 @@ def join_self_condition(x_t: Tensor, self_condition: Tensor | None, self_conditi
         return x_t
     if self_condition is not None and self_condition.shape != x_t.shape:
         raise ValueError(
-            f"self_condition has shape {tuple(self_condition.shape)}, x_t {tuple(x_t.shape)}: they must agree"
+            f"self_condition has shape {tuple(self_condition.shape)}, but x_t has {tuple(x_t.shape)}: they must be equal"
         )
     return torch.cat([x_t, torch.zeros_like(x_t) if self_condition is None else self_condition], dim=1)
 
 
 def check_inputs(x_t: Tensor, t: Tensor, image_channels: int, weight: Tensor) -> None:
-    """Raise ValueError unless x_t is (B, image_channels, H, W) in the type of ``weight``, and t one step, or one an image."""
+    """Raise ValueError unless x_t is (B, image_channels, H, W) in the type of ``weight``, and t is () or (B,)."""
     if x_t.ndim != 4 or x_t.shape[1] != image_channels:
         raise ValueError(f"this network takes images (B, {image_channels}, H, W), got {tuple(x_t.shape)}")
     if x_t.dtype != weight.dtype and not torch.is_autocast_enabled(x_t.device.type):
@@ -270,7 +272,7 @@ def check_inputs(x_t: Tensor, t: Tensor, image_channels: int, weight: Tensor) ->
         )
     if not isinstance(t, Tensor) or t.shape not in ((), (x_t.shape[0],)):
         got = tuple(t.shape) if isinstance(t, Tensor) else repr(t)
-        raise ValueError(f"t is a tensor of one step for each of {x_t.shape[0]} images, got {got}")
+        raise ValueError(f"t must be a tensor of one step for each of {x_t.shape[0]} images, got {got}")
 
 
 def check_image_size(image_size: int, num_levels: int) -> None:
@@ -279,5 +281,5 @@ def check_image_size(image_size: int, num_levels: int) -> None:
     if not is_whole(image_size) or image_size < factor or image_size % factor:
         raise ValueError(
             f"a UNet with {num_levels} levels halves the image {num_levels - 1} times, so image_size must be a multiple of "
-            f"{factor}, got {image_size}: change prepare.image_size or train.network.multipliers"
+            f"{factor}, got {image_size}"
         )

@@ -1,6 +1,6 @@
 """Closed-form denoisers: targets whose E[x0 | x_t], probability flow and reverse step are known exactly.
 
-"Images" are (B, D) float64 vectors, so that what is measured is the method and not rounding.
+"Images" are (B, D) float64 vectors, so that tests measure the method and not rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffusion_core.schedules import NoiseSchedule
 
 
 def as_network(x0_given: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, objective: str):
-    """A network of this objective from (x_t, alpha_bar (B, 1)) -> E[x0 | x_t]."""
+    """Return a network with this objective, built from (x_t, alpha_bar (B, 1)) -> E[x0 | x_t]."""
 
     def network(x_t, t, condition=None, self_condition=None):
         alpha_bar = schedule.gather(t).view(-1, *([1] * (x_t.ndim - 1)))
@@ -44,7 +44,7 @@ class Gaussian:
         return Denoiser(as_network(self.x0_given, schedule, objective), schedule, objective, clip=None, **options)
 
     def flow(self, x_t: Tensor, alpha_bar: float, alpha_bar_prev: float) -> Tensor:
-        """Where the probability-flow ODE takes x_t: each eigen-direction scales with the marginal's standard deviation."""
+        """Follow the probability-flow ODE from x_t: each eigen-direction scales with the marginal's standard deviation."""
         values, vectors = torch.linalg.eigh(self.covariance)
         scale = ((alpha_bar_prev * values + 1 - alpha_bar_prev) / (alpha_bar * values + 1 - alpha_bar)).sqrt()
         return alpha_bar_prev**0.5 * self.mean + ((x_t - alpha_bar**0.5 * self.mean) @ vectors * scale) @ vectors.T
@@ -87,9 +87,9 @@ def tilted_gaussian() -> Gaussian:
 def exact_moments(
     sample: Callable[[Tensor, Callable[[int], Tensor]], Tensor], mean: Tensor, covariance: Tensor, steps: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of ``sample(x_T, noise)`` where it is affine in x_T ~ N(mean, covariance) and in each noise(step).
+    """Return mean and covariance of ``sample(x_T, noise)``, which is affine in x_T ~ N(mean, covariance) and each noise(step).
 
-    One row of the batch gets no randomness, each other row one unit of one source of it: no Monte-Carlo error is left.
+    One row of the batch gets no randomness, each other row one unit from one source, so that there is no Monte-Carlo error.
     """
     dim = len(mean)
     rows = 1 + dim * (1 + len(steps))

@@ -1,6 +1,6 @@
-"""Agreement with independent implementations: diffusers' schedulers and denoising-diffusion-pytorch, to 1e-5.
+"""Agreement with independent implementations, diffusers' schedulers and denoising-diffusion-pytorch, to 1e-5.
 
-Every case returns (ours, theirs) on the same inputs; of a sampler, the image after every step. Run as a program it prints the table of largest differences:
+Every case returns (ours, theirs) on the same inputs; samplers return the image after every step. To print the table:
 ``uv run --group bench python -m tests.diffusion_core.test_agreement``
 """
 
@@ -14,6 +14,7 @@ import math
 import pytest
 import torch
 
+from diffusion_core.bound_terms import discretised_log_likelihood
 from diffusion_core.denoiser import Denoiser, threshold_dynamically
 from diffusion_core.grids import grid_from_steps, make_grid
 from diffusion_core.inversion import invert_ddim
@@ -40,7 +41,7 @@ def peer(module: str, name: str):
 
 
 def network(x_t, t, *_, **__):
-    """Not linear, different at each step, and large enough to be clipped."""
+    """Return a nonlinear output that differs at each step and is large enough to be clipped."""
     phase = t.view(-1, 1, 1, 1).to(x_t.dtype) / 300.0
     return 0.8 * torch.sin(2.0 * x_t + phase) + 0.3 * x_t
 
@@ -50,13 +51,13 @@ def start(seed=0):
 
 
 def noise_in_order(seed=1):
-    """The same numbers for both sides, in the order in which they are asked for."""
+    """Return a noise function that gives both sides the same numbers in the order of the calls."""
     generator = torch.Generator().manual_seed(seed)
     return lambda _step: torch.randn(SHAPE, generator=generator)
 
 
 def in_float64(case):
-    """Both sides in float64, so that hundreds of steps do not add up rounding; peers keep the float32 of their tables."""
+    """Run both sides in float64, so that rounding does not add up over many steps; the peers' tables stay float32."""
 
     @functools.wraps(case)
     def run(*arguments, **options):
@@ -85,7 +86,7 @@ def scheduler_of(name, schedule="linear", objective="eps", **options):
 
 
 def run_scheduler(scheduler, num_steps, x, network=network, **options):
-    """diffusers' loop: set_timesteps, then one step each; the image after each. An option may be a function for noise."""
+    """Run diffusers' loop, set_timesteps and then step, and return the image after each step. Call options that are functions."""
     scheduler.set_timesteps(num_steps)
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     images = []
@@ -97,7 +98,7 @@ def run_scheduler(scheduler, num_steps, x, network=network, **options):
 
 
 def trajectory(sampler, *arguments, **options):
-    """The image after each step of one of our samplers."""
+    """Return the image after each step of one of our samplers."""
     images = []
     sampler(*arguments, callback=lambda step: images.append(step.x), **options)
     return torch.stack(images)
@@ -199,7 +200,7 @@ def ddim_inverse(spacing, clip, objective, schedule, num_steps=50):
 
 
 class PeerNetwork(torch.nn.Module):
-    """The network as denoising-diffusion-pytorch wants it."""
+    """The network with the interface of denoising-diffusion-pytorch."""
 
     def __init__(self, learned=False, self_condition=False):
         super().__init__()
@@ -223,7 +224,7 @@ def ddp_model(objective="eps", schedule="linear", **options):
 
 
 def largest_difference(ours, theirs):
-    """The largest |ours - theirs| / (1 + largest |theirs| of the same step)."""
+    """Return the largest |ours - theirs| / (1 + largest |theirs| of the same step)."""
     assert ours.shape == theirs.shape
     apart, size = ((x.abs().reshape(len(x), -1).amax(dim=1)) for x in (ours - theirs, theirs))
     return float((apart / (1 + size)).max())
@@ -259,7 +260,7 @@ def ddp_loss(objective, schedule, min_snr, self_condition=False):
         self_condition=self_condition,
         self_condition_clip=None,
     )
-    # an SNR of 1e3 or more multiplies the x0 loss: compare what the optimizer sees, relative to the weight
+    # an SNR of 1e3 or more multiplies the x0 loss: compare relative to the weight
     scale = model.loss_weight[t].clamp(min=1.0)
     return loss / scale, theirs / scale
 
@@ -278,7 +279,7 @@ def ddp_hybrid_loss():
     x0, t, eps = loss_inputs()
     theirs = model.p_losses(x0, t, noise=eps, loss_reduction="none")
     ours = training_loss(
-        lambda x, t, c: model.model(x, t),
+        lambda x, t, *_: model.model(x, t),
         make_schedule("linear"),
         "eps",
         "snr",
@@ -317,7 +318,7 @@ def ddp_ddim(num_steps, eta, objective):
 
 @in_float64
 def ddp_ddpm(objective, schedule):
-    """Ancestral sampling over every step, clipped, as it always is there."""
+    """Sample ancestrally over every step, clipped, as that library always does."""
     model = ddp_model(objective, schedule).double()
     torch.manual_seed(5)
     with contextlib.redirect_stderr(io.StringIO()):
@@ -463,8 +464,8 @@ def test_grids_visit_the_steps_that_diffusers_visits(spacing, num_steps):
 @pytest.mark.parametrize(
     ("spacing", "num_steps"), [("linspace", 600), ("trailing", 350), ("trailing", 600), ("leading", 333)]
 )
-def test_where_the_stride_does_not_fit_diffusers_leaves_the_exact_flow_and_ours_does_not(spacing, num_steps):
-    """diffusers steps to t - T // S whatever the next timestep is: image and noise level then disagree."""
+def test_diffusers_leaves_the_exact_flow_if_the_stride_does_not_fit_and_ours_does_not(spacing, num_steps):
+    """diffusers steps to t - T // S, whatever the next timestep is, so the image and its noise level disagree."""
     target, schedule = tilted_gaussian(), make_schedule("linear")
     denoiser = target.denoiser(schedule)
     grid = make_grid(spacing, 1000, num_steps)
@@ -475,7 +476,7 @@ def test_where_the_stride_does_not_fit_diffusers_leaves_the_exact_flow_and_ours_
         scheduler_of("DDIMScheduler", timestep_spacing=spacing, clip_sample=False), num_steps, x_T, denoiser.network
     )[-1]
     our_error, their_error = float((ours - exact).abs().max()), float((theirs - exact).abs().max())
-    if spacing == "leading":  # here every stride fits: both are right
+    if spacing == "leading":  # every stride fits, so both are right
         assert their_error == pytest.approx(our_error, rel=1e-3)
     else:
         assert their_error > 1.5 * our_error, (our_error, their_error)
@@ -483,7 +484,7 @@ def test_where_the_stride_does_not_fit_diffusers_leaves_the_exact_flow_and_ours_
 
 @pytest.mark.parametrize("variance", ["fixed_large", "learned"])
 def test_diffusers_larger_variances_leave_noise_in_the_last_image_of_a_trailing_grid_and_ours_do_not(variance):
-    """It adds noise wherever t > 0, also on the way to the clean image."""
+    """diffusers adds noise in every step from t > 0, also in the step to the clean image."""
     target, schedule = tilted_gaussian(), make_schedule("linear")
     plain = target.denoiser(schedule)
     learned = variance == "learned"
@@ -512,11 +513,9 @@ def test_dynamic_thresholding_agrees_with_diffusers():
     torch.testing.assert_close(threshold_dynamically(x0, 0.9), scheduler._threshold_sample(x0))
 
 
-def test_peers_decoder_is_an_approximation_whose_levels_do_not_sum_to_one():
-    """denoising-diffusion-pytorch (as Improved DDPM) takes a tanh formula for the normal distribution function."""
+def test_decoder_is_exact_and_that_of_the_peer_an_approximation():
+    """denoising-diffusion-pytorch, like Improved DDPM, uses a tanh formula for the normal distribution function."""
     module = pytest.importorskip("denoising_diffusion_pytorch.learned_gaussian_diffusion", reason=NEEDED)
-    from diffusion_core.losses import discretised_log_likelihood
-
     levels = torch.linspace(-1, 1, 256, dtype=torch.float64)[:, None]
     mean, log_scale = torch.full_like(levels, 0.1), torch.full_like(levels, math.log(0.02))
     theirs = module.discretized_gaussian_log_likelihood(levels, means=mean, log_scales=log_scale)
@@ -527,7 +526,7 @@ def test_peers_decoder_is_an_approximation_whose_levels_do_not_sum_to_one():
 
 
 def table() -> str:
-    """A Markdown page: what was compared, and the `largest_difference` of each case."""
+    """Return a Markdown page with the `largest_difference` of each case."""
     from importlib.metadata import version
 
     rows = []
@@ -542,25 +541,25 @@ def table() -> str:
             f"With {versions}. Made by `uv run --group bench python -m tests.diffusion_core.test_agreement`; the same cases are",
             "tests, with a bound of 1e-5.",
             "",
-            "The difference is |ours - theirs| / (1 + the largest |theirs| of the same step), the largest over all steps, from the same",
-            "noise through a network that is not linear. DDIM and DDPM are compared in float64 (the peers' tables stay in the float32",
-            "that they are made in), DPM-Solver++, which computes in float32 whatever it is given, and losses in float32. diffusers has no DDIM inverse over `linspace`. The weightings that a peer has are SNR and",
-            "min-SNR; all the others are tested against their formulas.",
+            "The difference is the largest |ours - theirs| / (1 + the largest |theirs| of the same step) over all steps, with the same",
+            "noise and a nonlinear network. DDIM and DDPM are compared in float64 (the peers' tables stay in float32). DPM-Solver++, which",
+            "always computes in float32, and losses are compared in float32. diffusers has no DDIM inverse over `linspace`. The peers have",
+            "the weightings SNR and min-SNR; the others are tested against their formulas.",
             "",
             "| case | largest difference |",
             "|---|---|",
             *rows,
             "",
-            "Where they differ from us (each is a test of its own):",
+            "Known differences, each with its own test:",
             "",
-            "- diffusers' DDIM steps to t - T // S whatever its next timestep is. Where S does not divide T (`trailing`, 350 or 600",
-            "  of 1000) and on `linspace` grids the image's noise level and the timestep that the network is told then drift apart,",
-            "  and its result is further from the exact probability flow of a Gaussian than ours.",
-            "- diffusers' DDPM with `fixed_large` or a learned variance adds noise in the step to the clean image wherever that step",
+            "- diffusers' DDIM steps to t - T // S, whatever its next timestep is. If S does not divide T (`trailing`, 350 or 600",
+            "  of 1000), and on `linspace` grids, the image's noise level and the network's timestep drift apart, and the result is",
+            "  further from the exact probability flow of a Gaussian than ours.",
+            "- diffusers' DDPM with `fixed_large` or a learned variance adds noise in the step to the clean image if that step",
             "  starts above t = 0 (`trailing`). Ours never does.",
-            "- diffusers' `linspace` of one step starts at t = 0, the clean end; ours starts at T - 1.",
+            "- diffusers' `linspace` with one step starts at t = 0, the clean end; ours starts at T - 1.",
             "- The discretised decoder of denoising-diffusion-pytorch (and of Improved DDPM) uses a tanh formula for the normal",
-            "  distribution function; ours is exact, so that the probabilities of the 256 levels sum to 1.",
+            "  distribution function; ours is exact, so the probabilities of the 256 levels sum to 1.",
         ]
     )
 

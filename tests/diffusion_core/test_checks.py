@@ -19,6 +19,6 @@ def test_batches_of_floats_pass(dtype):
 @pytest.mark.parametrize(
     "images", [torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(3), np.zeros((2, 3)), [[0.0]], None]
 )
-def test_what_is_no_batch_of_floats_is_refused_by_name(images):
+def test_anything_except_a_batch_of_floats_is_refused_by_name(images):
     with pytest.raises(ValueError, match="x_T must be a"):
         check_images(images, "x_T")

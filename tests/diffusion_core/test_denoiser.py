@@ -1,6 +1,8 @@
-"""The denoiser: clipping, thresholding, learned variance, and what may stand in for a network."""
+"""The denoiser: clipping, thresholding, learned variance, and the call form of a network."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ def noisy():
 @pytest.mark.parametrize("t", [1, 50, 98])
 def test_prediction_is_consistent_and_unpacks_as_x0_and_eps(objective, t):
     x_t = noisy()
-    prediction = Denoiser(lambda x, t: torch.sin(x), SCHEDULE, objective, clip=None)(x_t, t)
+    prediction = Denoiser(lambda x, *_: torch.sin(x), SCHEDULE, objective, clip=None)(x_t, t)
     x0, eps = prediction
     assert x0 is prediction.x0 and eps is prediction.eps and prediction.variance_fraction is None
     a = SCHEDULE.alpha_bar(t)
@@ -30,10 +32,10 @@ def test_prediction_is_consistent_and_unpacks_as_x0_and_eps(objective, t):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_eps_is_derived_again_from_the_clipped_x0_unless_switched_off(objective):
+def test_eps_is_computed_again_from_the_clipped_x0_unless_switched_off(objective):
     x_t = noisy()
 
-    def network(x, t):
+    def network(x, t, condition, self_condition=None):
         return torch.sin(3 * x) * 2
 
     clipped = Denoiser(network, SCHEDULE, objective)(x_t, 60)
@@ -49,16 +51,16 @@ def test_dynamic_thresholding_scales_by_the_percentile_of_each_image():
     x0 = torch.linspace(-4, 4, 101).view(1, 1, 101).repeat(2, 1, 1)
     x0[1] *= 0.1
     out = threshold_dynamically(x0, 0.5)
-    # the median of |x0| is 2.0: beyond it everything is at the bound, within it everything is halved
+    # the median of |x0| is 2.0: values beyond it reach the bound, values within it are halved
     torch.testing.assert_close(out[0], (x0[0] / 2.0).clamp(-1, 1))
-    assert torch.equal(out[1], x0[1]), "an image within the range is left alone"
-    denoiser = Denoiser(lambda x, t: x, SCHEDULE, "x0", clip=1.0, dynamic_percentile=0.5)
+    assert torch.equal(out[1], x0[1]), "an image within the range does not change"
+    denoiser = Denoiser(lambda x, *_: x, SCHEDULE, "x0", clip=1.0, dynamic_percentile=0.5)
     torch.testing.assert_close(denoiser(x0, 40).x0, out)
     torch.testing.assert_close(denoiser(x0, 40).eps, eps_from_x0(out, x0, SCHEDULE.alpha_bar(40)))
 
 
 def test_learned_variance_is_split_off_and_mapped_to_a_fraction():
-    def network(x, t):
+    def network(x, t, condition, self_condition=None):
         return torch.cat([0.1 * x, torch.full_like(x, -0.5)], dim=1)
 
     denoiser = Denoiser(network, SCHEDULE, "eps", clip=None, learned_variance=True)
@@ -71,59 +73,68 @@ def test_learned_variance_is_split_off_and_mapped_to_a_fraction():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_image_at_another_level_than_the_network_is_told_is_read_at_its_own(objective):
+def test_image_is_read_at_its_own_level_if_the_network_is_called_with_another_step(objective):
     target = tilted_gaussian()
     x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).double()
     denoiser = target.denoiser(SCHEDULE, objective)
     x0, eps = denoiser(x, 40, level=20)
     a = SCHEDULE.alpha_bar(20)
     torch.testing.assert_close(a**0.5 * x0 + (1 - a) ** 0.5 * eps, x, atol=1e-9, rtol=0)
-    if objective != "v":  # the noise is that of the step which the network was told of
+    if objective != "v":  # eps is that of the step that the network was called with
         told = denoiser(x, 40)
         torch.testing.assert_close(eps, told.eps, atol=1e-9, rtol=0)
     clean = denoiser(x, 1, level=-1)
     assert clean.x0 is x and bool(torch.isfinite(clean.eps).all())
 
 
-def test_network_gets_what_its_signature_takes():
+def test_network_is_called_with_the_condition_and_the_self_condition():
     calls = []
 
     def full(x, t, condition, self_condition=None):
+        assert t.shape == (6,) and t.dtype == torch.int64
         calls.append((condition, self_condition))
         return x
 
     class Module(torch.nn.Module):
         def forward(self, x, t, condition=None, self_condition=None):
-            calls.append((condition, self_condition))
-            return x
+            return full(x, t, condition, self_condition)
 
-    for network in (full, Module(), lambda x, t, c, **rest: full(x, t, c, **rest)):
+    for network in (full, Module(), lambda x, t, c, own: full(x, t, c, own)):
         Denoiser(network, SCHEDULE, "eps")(noisy(), 3, "condition", noisy())
         assert calls[-1][0] == "condition" and torch.equal(calls[-1][1], noisy())
+        Denoiser(network, SCHEDULE, "eps")(noisy(), 3)
+        assert calls[-1] == (None, None)
 
-    def three(x, t, condition=None):
-        calls.append((condition, None))
-        return x
 
-    class Plain(torch.nn.Module):
-        def forward(self, x, t):
-            return x
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_plain_function_gives_the_prediction_of_a_network_with_its_objective(objective):
+    wrap = {"eps": Denoiser.from_eps, "x0": Denoiser.from_x0, "v": Denoiser.from_v}[objective]
+    for clip in (None, 0.7):
+        plain = wrap(lambda x, t: torch.sin(x + t.view(-1, 1, 1, 1)), SCHEDULE, clip=clip)(noisy(), 40)
+        network = Denoiser(lambda x, t, *_: torch.sin(x + t.view(-1, 1, 1, 1)), SCHEDULE, objective, clip=clip)
+        assert torch.equal(plain.x0, network(noisy(), 40).x0) and torch.equal(plain.eps, network(noisy(), 40).eps)
 
-    Denoiser(three, SCHEDULE, "eps")(noisy(), 3, "condition")
-    assert calls[-1][0] == "condition"
-    Denoiser(Plain(), SCHEDULE, "eps")(noisy(), 3)
-    with pytest.raises(ValueError, match="condition was given"):
-        Denoiser(Plain(), SCHEDULE, "eps")(noisy(), 3, "condition")
-    with pytest.raises(ValueError, match="self_condition was given"):
-        Denoiser(three, SCHEDULE, "eps")(noisy(), 3, None, noisy())
-    with pytest.raises(ValueError, match="takes self_condition="):
-        Denoiser(three, SCHEDULE, "eps", self_conditioning=True)
-    with pytest.raises(ValueError, match=r"network\(x_t, t\)"):
-        Denoiser(lambda x: x, SCHEDULE, "eps")
+
+@pytest.mark.parametrize("wrap", [Denoiser.from_eps, Denoiser.from_x0, Denoiser.from_v])
+def test_condition_never_reaches_the_default_argument_of_a_plain_function(wrap):
+    def closure(x, t, scale=2.0, offset=0.0):
+        return scale * x + offset
+
+    denoiser = wrap(closure, SCHEDULE)
+    assert torch.isfinite(denoiser(noisy(), 3).x0).all()
+    for arguments, name in ((("condition",), "condition"), ((None, noisy()), "self_condition")):
+        with pytest.raises(ValueError, match=f"a {name} was given"):
+            denoiser(noisy(), 3, *arguments)
+
+
+@pytest.mark.parametrize("output", [{"sample": torch.zeros(6, 3, 4, 4)}, SimpleNamespace(sample=torch.zeros(1))])
+def test_network_that_returns_no_tensor_is_refused_with_the_remedy(output):
+    with pytest.raises(ValueError, match=r"not a tensor.*output\.sample"):
+        Denoiser(lambda *_: output, SCHEDULE, "eps")(noisy(), 3)
 
 
 def test_bad_options_are_refused_with_the_remedy():
-    def network(x, t):
+    def network(x, t, condition, self_condition=None):
         return x
 
     with pytest.raises(ValueError, match="unknown objective"):
@@ -132,11 +143,11 @@ def test_bad_options_are_refused_with_the_remedy():
         Denoiser(network, make_schedule("linear", 10, zero_terminal_snr=True), "eps")
     with pytest.raises(ValueError, match="clip must be above 0"):
         Denoiser(network, SCHEDULE, "eps", clip=0.0)
-    with pytest.raises(ValueError, match="a share in 0 to 1"):
+    with pytest.raises(ValueError, match="a share between 0 and 1"):
         Denoiser(network, SCHEDULE, "eps", dynamic_percentile=99.5)
     with pytest.raises(ValueError, match="set clip"):
         Denoiser(network, SCHEDULE, "eps", clip=None, dynamic_percentile=0.995)
     with pytest.raises(ValueError, match="outside the schedule"):
         Denoiser(network, SCHEDULE, "eps")(noisy(), 100)
     with pytest.raises(ValueError, match="the network returned"):
-        Denoiser(lambda x, t: x[:, :1], SCHEDULE, "eps")(noisy(), 5)
+        Denoiser(lambda x, *_: x[:, :1], SCHEDULE, "eps")(noisy(), 5)

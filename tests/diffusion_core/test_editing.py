@@ -1,4 +1,4 @@
-"""Editing: exact maps between Gaussians, posterior of an inpainted Gaussian, slerp."""
+"""Editing against exact maps between Gaussians and the posterior of an inpainted Gaussian."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BROAD = Gaussian(torch.zeros(2).double(), torch.eye(2).double())
 
 
 def gaussian_of_class(x_t, t, condition, self_condition=None):
-    """eps of a two-class model: class 0, class 1, and 2 the null."""
+    """Return eps of a two-class model: conditions 0 and 1 are the classes, 2 is the null."""
     alpha_bar = SCHEDULE.gather(t).view(-1, 1)
     each = torch.stack([target.x0_given(x_t, alpha_bar) for target in (*CLASSES, BROAD)])
     x0 = each[condition, torch.arange(len(x_t))]
@@ -48,7 +48,7 @@ def labels(value, count=16):
 
 
 def test_edit_maps_one_gaussian_onto_the_other():
-    """Inverting under N(m, C) and sampling under N(m', C') is the affine map that takes standardised x to standardised x."""
+    """Inverting under N(m, C) and sampling under N(m', C') is an affine map that keeps the standardised x."""
     denoiser = Denoiser(gaussian_of_class, SCHEDULE, "eps", clip=None)
     grid = make_grid("uniform", 1000, 1000)
     x0 = images()
@@ -58,7 +58,7 @@ def test_edit_maps_one_gaussian_onto_the_other():
     torch.testing.assert_close(edited, expected, atol=2e-2, rtol=0)
 
 
-def test_edit_to_the_same_condition_gives_the_image_back():
+def test_edit_to_the_same_condition_returns_the_image():
     denoiser = Denoiser(gaussian_of_class, SCHEDULE, "eps", clip=None)
     grid = make_grid("trailing", 1000, 100)
     edited = edit(denoiser, images(), grid, labels(1), labels(1), fixed_point_steps=12)
@@ -79,7 +79,7 @@ def test_edit_from_a_lower_level_keeps_more_of_the_image():
     assert changes == sorted(changes) and changes[0] < 0.2 * changes[-1]
 
 
-def test_edit_inverts_with_its_own_denoiser_where_one_is_given():
+def test_edit_inverts_with_the_inversion_denoiser_if_one_is_given():
     bare = Denoiser(gaussian_of_class, SCHEDULE, "eps", clip=None)
     guided = Denoiser(ClassifierFreeGuidance(gaussian_of_class, torch.tensor([2]), 2.0), SCHEDULE, "eps", clip=None)
     grid = make_grid("trailing", 1000, 30)
@@ -91,7 +91,7 @@ def test_edit_inverts_with_its_own_denoiser_where_one_is_given():
 
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
 def test_image_to_image_has_the_moments_of_noising_and_denoising(strength):
-    """With eta 1 on the full grid, x0 -> x_t -> x0' is a draw of the posterior given x_t, whose moments are known."""
+    """With eta 1 on the full grid, x0 -> x_t -> x0' draws from the posterior given x_t, whose moments are known."""
     target, schedule = tilted_gaussian(), make_schedule("cosine", 300)
     grid = make_grid("uniform", 300, 300)
     part = grid[len(grid) - round(strength * 300) :]
@@ -142,7 +142,7 @@ def test_interpolation_reconstructs_its_ends():
 
 @pytest.mark.parametrize("eta", [1.0, "sigma_hat"])
 def test_inpainting_draws_the_unknown_given_the_known(eta):
-    """The second coordinate of a correlated Gaussian given the first: mean and variance of the conditional."""
+    """The second coordinate of a correlated Gaussian has the mean and variance of its conditional given the first."""
     target = Gaussian(torch.zeros(2).double(), torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64))
     schedule = make_schedule("cosine", 100)
     count = 1000
@@ -163,14 +163,14 @@ def test_inpainting_draws_the_unknown_given_the_known(eta):
     out = run(jump_length=5, resamples=20)
     assert torch.equal(out[:, 0], x0[:, 0])
     assert float(out[:, 1].mean()) == pytest.approx(0.72, abs=0.06)
-    # eta 1 takes the smaller of the two DDPM variances: too narrow, by a known sign
+    # eta 1 uses the smaller of the two DDPM variances, so the spread is too small
     assert float(out[:, 1].var()) == pytest.approx(0.36, abs=0.06 if eta == "sigma_hat" else 0.12)
-    # without resampling the two parts do not agree as well: what the paper's jumps are for
+    # without the paper's jumps the two parts agree less
     plain = run(resamples=1)
     assert abs(float(plain[:, 1].mean()) - 0.72) > abs(float(out[:, 1].mean()) - 0.72)
 
 
-def test_inpainting_with_everything_known_is_the_image_and_with_nothing_is_plain_sampling():
+def test_inpainting_returns_a_fully_known_image_and_samples_a_fully_unknown_one():
     target, schedule = tilted_gaussian(), make_schedule("cosine", 100)
     x0, grid = images(4), make_grid("uniform", 100, 20)
     draws = []
@@ -186,13 +186,15 @@ def test_inpainting_with_everything_known_is_the_image_and_with_nothing_is_plain
     torch.testing.assert_close(nothing, sample_ddim(target.denoiser(schedule), x_T, grid), atol=1e-12, rtol=0)
     draws.clear()
     inpaint(target.denoiser(schedule), x0, torch.zeros(1, 2), x_T, grid, noise, jump_length=3, resamples=4)
-    assert draws == list(range(101, 101 + len(draws))), "every draw has an address of its own, apart from sampling's"
+    assert draws == list(range(101, 101 + len(draws))), (
+        "every draw has its own address, distinct from those of sampling"
+    )
 
 
 @pytest.mark.parametrize(
     ("length", "jump_length", "resamples"), [(250, 10, 10), (20, 3, 4), (5, 10, 10), (7, 1, 2), (4, 4, 3)]
 )
-def test_repaint_walk_is_connected_and_runs_each_stretch_as_often_as_asked(length, jump_length, resamples):
+def test_repaint_walk_is_connected_and_repeats_each_stretch_as_requested(length, jump_length, resamples):
     grid = make_grid("uniform", 300, length)
     level = grid[0][0]
     for down, (t, t_prev) in repaint_walk(grid, jump_length, resamples):
@@ -249,7 +251,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("kind", SPECS)
-def test_every_edit_takes_every_kind_of_condition_through_a_real_network(kind):
+def test_every_edit_works_with_every_kind_of_condition_and_a_real_network(kind):
     spec, source, wanted = SPECS[kind]
     torch.manual_seed(0)
     network = UNet(

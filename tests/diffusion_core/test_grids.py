@@ -1,4 +1,4 @@
-"""Grids: exactly S steps for every S, monotone, joined."""
+"""Grids: exactly S descending, connected steps for every S."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusion_core.grids import SPACINGS, check_grid, grid_from_steps, make_gri
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("total", [1, 2, 7, 100, 1000])
-def test_every_number_of_steps_gives_exactly_that_many_distinct_falling_steps(spacing, total):
+def test_grid_has_exactly_the_requested_number_of_distinct_descending_steps(spacing, total):
     for count in range(1, total + 1):
         grid = make_grid(spacing, total, count)
         steps = [t for t, _ in grid]
@@ -26,7 +26,7 @@ def test_every_number_of_steps_gives_exactly_that_many_distinct_falling_steps(sp
 
 @given(spacing=st.sampled_from(SPACINGS), total=st.integers(1, 5000), data=st.data())
 @settings(max_examples=200, deadline=None)
-def test_any_schedule_length_works(spacing, total, data):
+def test_grid_fits_a_schedule_of_any_length(spacing, total, data):
     count = data.draw(st.integers(1, total))
     grid = make_grid(spacing, total, count)
     assert len(grid) == count
@@ -38,7 +38,7 @@ def test_full_grid_is_every_step(spacing):
     assert make_grid(spacing, 50, 50) == [(t, t - 1) for t in range(49, -1, -1)]
 
 
-def test_spacings_reach_the_ends_that_they_promise():
+def test_spacings_reach_the_documented_ends_of_the_schedule():
     for count in (2, 3, 7, 50, 333, 999):
         assert make_grid("trailing", 1000, count)[0][0] == 999
         linspace = make_grid("linspace", 1000, count)
@@ -47,8 +47,8 @@ def test_spacings_reach_the_ends_that_they_promise():
         assert make_grid("leading", 1000, count)[-1][0] == 0
 
 
-def test_uniform_grid_spreads_over_the_schedule_where_leading_leaves_out_its_top():
-    """600 of 1000 steps: a stride of 1000 // 600 = 1 never leaves the cleaner 600 levels."""
+def test_uniform_grid_covers_the_schedule_if_leading_does_not_reach_its_top():
+    """With 600 of 1000 steps, the stride 1000 // 600 = 1 stays in the cleaner 600 levels."""
     assert make_grid("leading", 1000, 600)[0][0] == 599
     assert make_grid("uniform", 1000, 600)[0][0] == 998
     for count in range(1, 1001):
@@ -56,8 +56,8 @@ def test_uniform_grid_spreads_over_the_schedule_where_leading_leaves_out_its_top
         assert gaps <= {1000 // count, math.ceil(1000 / count)}
 
 
-def test_quadratic_grid_is_the_papers():
-    """As its code makes it, with NumPy; where two of its steps coincide, a grid of distinct ones must differ."""
+def test_quadratic_grid_equals_that_of_the_papers_code():
+    """Its NumPy formula is the reference; if it repeats a step, a grid of distinct steps must differ."""
     compared = 0
     for total in (100, 1000, 4000):
         for count in range(2, total // 4):
@@ -76,7 +76,7 @@ def test_restricted_grid_starts_and_stops_at_the_given_levels():
     for highest, lowest, message in (
         (55, -1, "not on the grid"),
         (50, 45, "not on the grid"),
-        (30, 30, "nothing lies"),
+        (30, 30, "no step lies"),
     ):
         with pytest.raises(ValueError, match=message):
             restrict_grid(grid, highest=highest, lowest=lowest)
@@ -88,7 +88,7 @@ def test_bad_grids_are_refused_with_the_remedy():
             make_grid("uniform", 10, count)
     with pytest.raises(ValueError, match="unknown grid spacing"):
         make_grid("cubic", 10, 5)
-    with pytest.raises(ValueError, match="none twice"):
+    with pytest.raises(ValueError, match="no step twice"):
         grid_from_steps([3, 3], 10)
     with pytest.raises(ValueError, match="at least one step"):
         grid_from_steps([], 10)

@@ -1,4 +1,4 @@
-"""Guidance: the tilted distribution, each option against its definition."""
+"""Guidance against the tilted distribution, and each option against its definition."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNCONDITIONAL = Gaussian(torch.tensor([-0.2], dtype=torch.float64), torch.tensor
 
 
 def model(objective, calls=None):
-    """Condition 0 is the class, 1 the null."""
+    """Return a network for which condition 0 is the class and 1 the null."""
 
     def network(x_t, t, condition, self_condition=None):
         if calls is not None:
@@ -61,8 +61,8 @@ def test_guided_eps_is_the_score_of_the_tilted_distribution(objective, scale, t)
     torch.testing.assert_close(-eps / (1 - a) ** 0.5, score, atol=1e-6, rtol=1e-6)
 
 
-def test_one_noise_levels_guided_samples_have_the_tilted_gaussians_moments():
-    """With one shared variance the tilted marginal is N(m0 + w (m1 - m0), C) at every level: sampling must end there."""
+def test_guided_samples_follow_the_flow_of_the_tilted_gaussian():
+    """With one shared variance C the tilted marginal is N(m0 + w (m1 - m0), C) at every level, so sampling must end there."""
     shared = torch.tensor([[0.3]], dtype=torch.float64)
     parts = [Gaussian(torch.tensor([m], dtype=torch.float64), shared) for m in (0.5, -0.1)]
 
@@ -77,7 +77,7 @@ def test_one_noise_levels_guided_samples_have_the_tilted_gaussians_moments():
     torch.testing.assert_close(out, tilted.flow(x_t(), SCHEDULE.alpha_bar(999), 1.0), atol=2e-2, rtol=0)
 
 
-def test_scale_one_is_the_conditional_network_and_zero_the_unconditional_one_in_a_single_plain_call():
+def test_scale_one_calls_only_the_conditional_network_and_scale_zero_only_the_unconditional_one():
     calls = []
     network = model("eps", calls)
     t = torch.full((9,), 300)
@@ -91,7 +91,7 @@ def test_scale_one_is_the_conditional_network_and_zero_the_unconditional_one_in_
     assert len(calls) == 1 and len(calls[0]) == 18, "both halves in one call"
 
 
-def test_rescale_brings_the_spread_of_each_image_back():
+def test_rescale_restores_the_spread_of_each_image():
     strong, weak = torch.randn(2, 5, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     full = extrapolate(strong, weak, 7.5, 1.0, 3)
     torch.testing.assert_close(full.flatten(1).std(1), strong.flatten(1).std(1))
@@ -113,7 +113,7 @@ def test_guidance_acts_only_within_its_interval():
         expected = always(x_t(), t, ones()) if inside else network(x_t(), t, ones())
         calls.clear()
         assert torch.equal(guided(x_t(), t, ones()), expected)
-        assert len(calls[0]) == (18 if inside else 9), "outside the interval the null is not evaluated at all"
+        assert len(calls[0]) == (18 if inside else 9), "outside the interval the null is not evaluated"
 
 
 def test_autoguidance_extrapolates_away_from_the_weaker_network():
@@ -127,7 +127,7 @@ def test_autoguidance_extrapolates_away_from_the_weaker_network():
     assert torch.equal(outside, first)
 
 
-def test_learned_variance_stays_the_conditional_ones():
+def test_guidance_keeps_the_learned_variance_of_the_conditional_network():
     def network(x, t, condition, self_condition=None):
         return torch.cat([x * (1.0 + condition.view(-1, 1)), condition.view(-1, 1).to(x.dtype)], dim=1)
 
@@ -169,13 +169,8 @@ def test_bad_options_are_refused_with_the_remedy():
         mixed(x_t(), torch.arange(9) * 50, ones())
 
 
-def test_plain_functions_can_be_guided():
-    def strong(x, t):
-        return 0.5 * x
-
-    def weak(x, t):
-        return 0.3 * x
-
+def test_denoiser_of_a_plain_function_provides_a_network_for_guidance():
+    strong, weak = (Denoiser.from_eps(lambda x, t, w=w: w * x, SCHEDULE).network for w in (0.5, 0.3))
     t = torch.full((9,), 5)
     torch.testing.assert_close(Autoguidance(strong, weak, 2.0)(x_t(), t), 0.7 * x_t())
     with pytest.raises(ValueError, match="condition was given"):

@@ -1,4 +1,4 @@
-"""The blocks of docs/diffusion_core.md, run in order, and what they claim."""
+"""The code blocks of docs/diffusion_core.md, run in order, and the claims of its text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GUIDE = ROOT / "docs" / "diffusion_core.md"
 
 
 def run_guide(folder: Path) -> dict:
-    """Run every python block of the guide in one namespace, its pictures written into ``folder``."""
+    """Run every Python block of the guide in one namespace and write its pictures into ``folder``."""
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     namespace: dict = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -31,12 +31,12 @@ def guide(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def nearest_class(pictures: torch.Tensor, guide: dict) -> torch.Tensor:
-    """The class of the real image that is nearest, pixel by pixel: an independent judge."""
+    """Return the majority class of the five nearest real images: an independent classifier."""
     distances = torch.cdist(pictures.flatten(1), guide["images"].flatten(1))
     return guide["conditions"].argmax(dim=1)[distances.topk(5, largest=False).indices].mode(dim=1).values
 
 
-def test_samples_show_the_digits_asked_for(guide: dict) -> None:
+def test_samples_show_the_digits_of_their_condition(guide: dict) -> None:
     for pictures in guide["samples"]:
         assert (nearest_class(pictures, guide) == torch.arange(10)).sum() >= 8
 
@@ -52,7 +52,7 @@ def test_fixed_point_steps_close_the_gap_of_inversion(guide: dict) -> None:
     assert guide["gap_closed"] < 0.2 * guide["gap_plain"]
 
 
-def test_edits_show_the_next_digit_and_keep_more_of_the_image_than_a_new_sample(guide: dict) -> None:
+def test_edits_show_the_next_digit_and_stay_closer_to_the_image_than_new_samples(guide: dict) -> None:
     wanted = guide["next_digit"].argmax(dim=1)
     assert (nearest_class(guide["edited"], guide) == wanted).sum() >= 6
     fresh = guide["sample_ddim"](guide["denoiser"], guide["x_T"], guide["grid"], condition=guide["next_digit"])

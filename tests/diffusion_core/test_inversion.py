@@ -1,4 +1,4 @@
-"""Inversion: against the exact flow, the exact round trip, and for every kind of condition."""
+"""Inversion against the exact flow and the exact round trip, for every kind of condition."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def clean_images(count=32):
 
 
 def smooth_condition_network(x_t, t, condition, self_condition=None):
-    """eps that depends on x_t, on a real-valued condition, and not too steeply on either."""
+    """Return an eps that depends on x_t and on a real-valued condition, not too steeply on either."""
     time = (t.to(x_t.dtype) / 1000.0).view(-1, 1)
     return 0.3 * torch.tanh(x_t + condition) * time + 0.5 * x_t * time + 0.1 * condition
 
@@ -79,7 +79,7 @@ def test_fixed_point_inversion_closes_the_longest_steps(objective, spacing, num_
         torch.testing.assert_close(sample_ddim(denoiser, latent, grid), x0, atol=1e-5, rtol=0)
 
 
-def test_latent_of_an_image_does_not_depend_on_the_others_with_a_tolerance():
+def test_latent_of_an_image_does_not_depend_on_its_batch_with_a_tolerance():
     denoiser, x0, grid = TWO_MODES.denoiser(SCHEDULE), clean_images(), make_grid("uniform", 1000, 20)
     options = {"fixed_point_steps": 30, "tolerance": 1e-4}
     together = invert_ddim(denoiser, x0, grid, **options)
@@ -87,7 +87,7 @@ def test_latent_of_an_image_does_not_depend_on_the_others_with_a_tolerance():
     torch.testing.assert_close(alone, together, atol=1e-10, rtol=0)
 
 
-def test_more_fixed_point_steps_bring_the_round_trip_closer():
+def test_more_fixed_point_steps_reduce_the_gap_of_the_round_trip():
     denoiser, x0 = TWO_MODES.denoiser(SCHEDULE), clean_images()
     grid = make_grid("uniform", 1000, 50)
     gaps = [
@@ -97,7 +97,7 @@ def test_more_fixed_point_steps_bring_the_round_trip_closer():
     assert all(later < earlier / 2 for earlier, later in itertools.pairwise(gaps)), gaps
 
 
-def test_one_fixed_point_step_already_beats_plain_inversion_with_clipping_on():
+def test_fixed_point_steps_beat_plain_inversion_with_clipping_on():
     denoiser = Denoiser(as_network(TWO_MODES.x0_given, SCHEDULE, "eps"), SCHEDULE, "eps", clip=1.0)
     x0 = clean_images().clamp(-0.9, 0.9)
     grid = make_grid("uniform", 1000, 50)
@@ -106,7 +106,7 @@ def test_one_fixed_point_step_already_beats_plain_inversion_with_clipping_on():
     assert float((better - x0).abs().mean()) < 0.3 * float((plain - x0).abs().mean())
 
 
-def test_trajectory_holds_every_level_and_any_of_them_reconstructs():
+def test_trajectory_holds_every_level_and_each_level_reconstructs_the_image():
     denoiser, x0 = TWO_MODES.denoiser(SCHEDULE), clean_images()
     grid = make_grid("trailing", 1000, 25)
     seen = []
@@ -119,7 +119,7 @@ def test_trajectory_holds_every_level_and_any_of_them_reconstructs():
         torch.testing.assert_close(reconstruct(denoiser, trajectory, grid, start=start), x0, atol=1e-6, rtol=0)
 
 
-def test_inversion_goes_on_from_a_middle_latent():
+def test_inversion_resumed_from_a_middle_latent_equals_the_whole_inversion():
     denoiser, x0 = TWO_MODES.denoiser(SCHEDULE), clean_images()
     grid = make_grid("trailing", 1000, 25)
     middle = grid[12][0]
@@ -149,7 +149,7 @@ def test_null_condition_optimisation_makes_guided_sampling_follow_the_pivot():
     assert not any(denoiser.network.null_condition.requires_grad for denoiser in tuned)
 
 
-def test_null_condition_of_one_image_does_not_depend_on_the_others():
+def test_null_condition_of_an_image_does_not_depend_on_its_batch():
     x0 = clean_images(3).float()
     condition, null = torch.tensor([[0.7, 0.1], [-0.5, 0.2], [0.3, 0.9]]), torch.zeros(1, 2)
     grid = make_grid("trailing", 1000, 6)
@@ -197,7 +197,7 @@ def random_network(network_name, spec):
 def test_null_condition_optimisation_works_for_every_kind_of_condition(network_name, kind):
     spec, condition = CONDITIONS[kind]
     if kind == "tokens" and network_name == "context_unet":
-        pytest.skip("the context UNet has no attention to read tokens by")
+        pytest.skip("the context UNet has no attention that could read tokens")
     network = random_network(network_name, spec)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     grid = make_grid("trailing", 1000, 4)
@@ -209,7 +209,7 @@ def test_null_condition_optimisation_works_for_every_kind_of_condition(network_n
     tuned = optimise_null_condition(denoiser, pivot, grid, condition, inner_steps=10, learning_rate=0.15)
     followed = sample_with_denoisers(tuned, pivot[999], grid, condition=condition)
     assert float((followed - x0).square().mean()) < 0.7 * float((untuned - x0).square().mean())
-    # with no step of optimisation the tuned denoisers are the guided one itself
+    # without optimisation steps every tuned denoiser equals the guided one
     same = sample_with_denoisers(
         optimise_null_condition(denoiser, pivot, grid, condition, inner_steps=0), pivot[999], grid, condition=condition
     )
@@ -218,7 +218,7 @@ def test_null_condition_optimisation_works_for_every_kind_of_condition(network_n
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_null_condition_optimisation_leaves_the_null_alone_where_guidance_does_not_act():
+def test_null_condition_does_not_change_outside_the_guidance_interval():
     x0, condition = clean_images(3).float(), torch.full((3, 2), 0.7)
     grid = make_grid("trailing", 1000, 10)
     pivot = invert_trajectory(guided(torch.zeros(1, 2), 1.0), x0, grid, condition=condition)
@@ -227,7 +227,7 @@ def test_null_condition_optimisation_leaves_the_null_alone_where_guidance_does_n
         Denoiser(guidance, SCHEDULE, "eps", clip=None), pivot, grid, condition, inner_steps=5, learning_rate=0.05
     )
     moved = [bool(denoiser.network.null_condition.any()) for denoiser in tuned]
-    assert moved == [t <= 700 for t, _ in grid]  # the null of a step starts where the one before ended
+    assert moved == [t <= 700 for t, _ in grid]  # the null of a step starts from that of the step before
 
 
 def test_tuned_denoisers_carry_the_self_condition_as_the_sampler_does():
@@ -244,8 +244,8 @@ def test_tuned_denoisers_carry_the_self_condition_as_the_sampler_does():
     torch.testing.assert_close(followed, sample_ddim(denoiser, pivot[999], grid, condition=condition))
 
 
-def test_null_of_an_embedding_with_several_outputs_is_tuned_by_its_first():
-    """A sequence of tokens and its mask: the tokens are tuned, the mask stays."""
+def test_null_of_an_embedding_with_several_outputs_tunes_the_first_output():
+    """The embedding returns tokens and their mask: the tokens are tuned, the mask does not change."""
 
     class Tokens(torch.nn.Module):
         def __init__(self):
@@ -301,5 +301,5 @@ def test_bad_input_is_refused_with_the_remedy():
         optimise_null_condition(guided(torch.zeros(1, 2)), {999: x0}, grid, torch.zeros(2, 2))
     with pytest.raises(ValueError, match="no condition embedding"):
         optimise_null_condition(guided(torch.full((1, 2), float("nan"))), trajectory, grid, torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="as many denoisers"):
+    with pytest.raises(ValueError, match="4 grid steps need 4 denoisers"):
         sample_with_denoisers([denoiser], x0, grid)

@@ -60,7 +60,7 @@ def test_normal_numbers_have_the_moments_and_tails_of_a_standard_normal():
     [
         NoiseSource(1).normal((4096,), torch.tensor([0]), 0),
         NoiseSource(2**40).normal((4096,), torch.tensor([0]), 0),
-        NoiseSource(0, "train/eps").normal((4096,), torch.tensor([0]), 0),
+        NoiseSource(0, "train-noise").normal((4096,), torch.tensor([0]), 0),
         NoiseSource(0).normal((4096,), torch.tensor([1]), 0),
         NoiseSource(0).normal((4096,), torch.tensor([0]), 1),
     ],
@@ -114,3 +114,16 @@ def test_seed_out_of_range_is_refused(seed):
 def test_address_out_of_range_is_refused(indices, step, named):
     with pytest.raises(ValueError, match=named):
         NoiseSource(0).normal((2,), indices, step)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_bernoulli_is_true_where_the_uniform_number_is_below_the_share(share):
+    indices = torch.tensor([4, 0, 2**32 - 1])
+    drawn = NoiseSource(3).bernoulli(share, (5, 7), indices, 2)
+    assert torch.equal(drawn, NoiseSource(3).uniform((5, 7), indices, 2) < share)
+
+
+def test_share_out_of_range_is_refused():
+    for share in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="share must lie in 0 to 1"):
+            NoiseSource(0).bernoulli(share, (2,), torch.arange(2), 0)

@@ -1,4 +1,4 @@
-"""Objectives: every conversion undoes its inverse, at every noise level of every schedule."""
+"""Objectives: every conversion and its inverse cancel, at every noise level of every schedule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffusion_core.schedules import SCHEDULES, make_schedule
     num_steps=st.integers(2, 1500),
 )
 @settings(max_examples=200, deadline=None)
-def test_conversions_are_inverses_on_every_schedule(name, zero, source, destination, level, num_steps):
+def test_conversions_invert_each_other_on_every_schedule(name, zero, source, destination, level, num_steps):
     schedule = make_schedule(name, num_steps, zero_terminal_snr=zero)
     t = round(level * (num_steps - 1))
     alpha_bar = schedule.alpha_bar(t)
@@ -38,7 +38,7 @@ def test_conversions_are_inverses_on_every_schedule(name, zero, source, destinat
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_numbers_and_tensors_of_alpha_bar_give_the_same(objective):
+def test_alpha_bar_as_a_number_or_a_tensor_gives_the_same_result(objective):
     schedule = make_schedule("cosine")
     x_t = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     output = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(1))
@@ -51,7 +51,7 @@ def test_numbers_and_tensors_of_alpha_bar_give_the_same(objective):
             torch.testing.assert_close(together[i], function(objective, output[i], x_t[i], schedule.alpha_bar(step)))
 
 
-def test_pure_noise_is_read_by_x0_and_v_but_refused_for_eps():
+def test_pure_noise_is_converted_for_x0_and_v_and_refused_for_eps():
     schedule = make_schedule("linear", zero_terminal_snr=True)
     x0, eps = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     for objective in ("x0", "v"):
@@ -63,7 +63,7 @@ def test_pure_noise_is_read_by_x0_and_v_but_refused_for_eps():
         check_objective("eps", schedule)
 
 
-def test_unknown_objective_is_refused_everywhere():
+def test_unknown_objective_is_refused_by_every_function():
     x = torch.ones(2, 2)
     for call in (
         lambda: target("noise", x, x, 0.5),

@@ -22,14 +22,14 @@ from diffusion_core.schedules import SCHEDULES, make_schedule
 )
 @settings(max_examples=150, deadline=None)
 def test_posterior_agrees_with_bayes_rule_by_quadrature(name, t, gap, x0, z):
-    """q(x_s | x_t, x0) is q(x_t | x_s) q(x_s | x0), normalised: its mean and variance by a sum over a fine grid."""
+    """q(x_s | x_t, x0) is q(x_t | x_s) q(x_s | x0), normalised: compute its mean and variance by a sum over many points."""
     schedule = make_schedule(name, 60)
     s = max(t - gap, 0)
     a, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(s)
     x_t = a**0.5 * x0 + (1 - a) ** 0.5 * z
     step = posterior(a, a_prev)
     middle, spread = step.x0 * x0 + step.x_t * x_t, step.variance**0.5
-    # the grid is placed by the answer but wide enough to show a wrong one
+    # the points are centred on the answer, but spread wide enough to show a wrong one
     points = middle + spread * torch.linspace(-12, 12, 8001, dtype=torch.float64)
     ratio = a / a_prev
     log_weight = -((x_t - ratio**0.5 * points) ** 2) / (2 * (1 - ratio)) - (points - a_prev**0.5 * x0) ** 2 / (
@@ -43,13 +43,13 @@ def test_posterior_agrees_with_bayes_rule_by_quadrature(name, t, gap, x0, z):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_step_to_the_clean_image_is_the_clean_image(name):
+def test_posterior_at_the_clean_level_is_the_clean_image(name):
     schedule = make_schedule(name, 60)
     for t in (0, 30, 59):
         assert posterior(schedule.alpha_bar(t), 1.0) == (pytest.approx(1.0, rel=1e-12), 0.0, 0.0)
 
 
-def test_two_reverse_steps_compose_to_one():
+def test_two_reverse_steps_compose_to_one_reverse_step():
     """Averaging q(x_r | x_s, x0) over q(x_s | x_t, x0) is q(x_r | x_t, x0), for levels r < s < t."""
     schedule = make_schedule("cosine", 100)
     t, s, r = (schedule.alpha_bar(step) for step in (80, 50, 20))
@@ -59,7 +59,7 @@ def test_two_reverse_steps_compose_to_one():
     assert second.variance + second.x_t**2 * first.variance == pytest.approx(whole.variance, rel=1e-12)
 
 
-def test_tensors_and_numbers_give_the_same():
+def test_tensors_and_numbers_give_the_same_posterior():
     schedule = make_schedule("linear", 60)
     t = torch.arange(60)
     table = posterior(schedule.gather(t), schedule.gather(t - 1))
@@ -68,7 +68,7 @@ def test_tensors_and_numbers_give_the_same():
         assert tuple(float(part[step]) for part in table) == pytest.approx(tuple(single), rel=1e-12)
 
 
-def test_learned_variance_runs_from_the_posteriors_to_beta():
+def test_learned_variance_ranges_from_the_posterior_variance_to_beta():
     schedule = make_schedule("linear", 60)
     t = torch.arange(60)
     floor = torch.tensor(posterior(schedule.alpha_bar(1), schedule.alpha_bar(0)).variance)

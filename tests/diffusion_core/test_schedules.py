@@ -1,4 +1,4 @@
-"""Noise schedules against their published formulas, and what follows from alpha-bar."""
+"""Noise schedules against their published formulas, and the quantities derived from alpha-bar."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_alpha_bar_falls_from_below_one_at_any_length(name, num_steps, zero):
     assert schedule.has_zero_terminal_snr == zero
 
 
-def test_published_values_are_met():
+def test_schedules_have_their_published_values():
     linear = make_schedule("linear")
     assert float(linear.betas()[0]) == pytest.approx(1e-4, rel=1e-10)
     assert float(linear.betas()[-1]) == pytest.approx(0.02, rel=1e-10)
-    # DDPM, section 4: KL(q(x_T | x_0) || N(0, I)) is about 1e-5 bits a dimension
+    # DDPM, section 4: KL(q(x_T | x_0) || N(0, I)) is about 1e-5 bits per dimension
     assert linear.alpha_bar(999) == pytest.approx(4.04e-5, rel=1e-2)
     scaled = make_schedule("scaled_linear")
     assert scaled.alpha_bar(999) == pytest.approx(0.0046601, rel=1e-4)  # Stable Diffusion's 0.00466
@@ -87,7 +87,7 @@ def test_config_builds_the_same_schedule_again():
     assert torch.equal(make_schedule(**rescaled.config).alphas_cumprod, rescaled.alphas_cumprod)
 
 
-def test_any_array_can_be_given():
+def test_schedule_of_any_array_keeps_its_numbers():
     array = torch.linspace(0.99, 0.01, 17)
     schedule = given_schedule(array)
     assert torch.equal(schedule.alphas_cumprod, array.double())
@@ -127,7 +127,7 @@ def test_bad_schedules_are_refused_with_the_remedy():
         make_schedule("sigmoid", tau=0.0)
     with pytest.raises(ValueError, match="at least two steps"):
         make_schedule("linear", 1, zero_terminal_snr=True)
-    with pytest.raises(ValueError, match="needs as many alphas_cumprod"):
+    with pytest.raises(ValueError, match="needs 3 alphas_cumprod"):
         make_schedule("given", 3, alphas_cumprod=[0.5])
     with pytest.raises(ValueError, match="must be a vector"):
         given_schedule(torch.full((2, 3), 0.5))

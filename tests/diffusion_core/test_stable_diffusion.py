@@ -1,4 +1,4 @@
-"""The Stable Diffusion adapter on a tiny pipeline of random weights, saved and loaded by the real code."""
+"""The Stable Diffusion adapter on a tiny pipeline with random weights, saved and loaded by diffusers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tiny_tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def saved_pipeline(tmp_path_factory):
-    """A Stable Diffusion pipeline of random weights, as `save_pretrained` writes it."""
+    """A Stable Diffusion pipeline with random weights, written by `save_pretrained`."""
     torch.manual_seed(0)
     tokenizer_folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer, size = tiny_tokenizer(tokenizer_folder)
@@ -76,7 +76,7 @@ def saved_pipeline(tmp_path_factory):
         cross_attention_dim=16,
         attention_head_dim=4,
     )
-    unet.conv_out.weight.data *= 0.3  # random weights are rough: a trained eps changes little from step to step
+    unet.conv_out.weight.data *= 0.3  # a trained eps changes less from step to step than random weights do
     vae = diffusers.AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -120,7 +120,7 @@ def picture():
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
-def test_ddim_gives_the_pipelines_own_latents_and_image(model, guidance_scale):
+def test_ddim_gives_the_latents_and_the_image_of_the_pipeline(model, guidance_scale):
     prompt = "a photo of a cat"
     options = {"num_inference_steps": 10, "guidance_scale": guidance_scale, "latents": latents()}
     theirs = model.pipeline(prompt, output_type="latent", **options).images
@@ -131,7 +131,7 @@ def test_ddim_gives_the_pipelines_own_latents_and_image(model, guidance_scale):
     torch.testing.assert_close((model.decode_latents(ours) / 2 + 0.5).clamp(0, 1), image, atol=1e-4, rtol=1e-4)
 
 
-def test_dpm_solver_gives_the_pipelines_own_latents(model):
+def test_dpm_solver_gives_the_latents_of_the_pipeline(model):
     solver = diffusers.DPMSolverMultistepScheduler.from_config(model.pipeline.scheduler.config)
     pipeline = diffusers.StableDiffusionPipeline(
         **{**model.pipeline.components, "scheduler": solver}, requires_safety_checker=False
@@ -145,7 +145,7 @@ def test_dpm_solver_gives_the_pipelines_own_latents(model):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_negative_prompt_is_what_guidance_leads_away_from(model):
+def test_negative_prompt_gives_the_latents_of_the_pipeline(model):
     options = {"num_inference_steps": 5, "guidance_scale": 5.0, "latents": latents(), "output_type": "latent"}
     theirs = model.pipeline("a cat", negative_prompt="a dog", **options).images
     grid = grid_from_steps([int(t) for t in model.pipeline.scheduler.timesteps], 1000)
@@ -154,7 +154,7 @@ def test_negative_prompt_is_what_guidance_leads_away_from(model):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_latents_are_scaled_by_the_autoencoders_own_factor(model):
+def test_latents_are_scaled_by_the_autoencoders_factor(model):
     vae = model.pipeline.vae
     with torch.no_grad():
         posterior = vae.encode(picture()).latent_dist
@@ -166,7 +166,7 @@ def test_latents_are_scaled_by_the_autoencoders_own_factor(model):
         )
 
 
-def test_inversion_reconstructs_and_null_text_optimisation_follows_it_under_guidance(model):
+def test_inversion_reconstructs_the_image_and_null_text_optimisation_does_so_under_guidance(model):
     grid = make_grid("trailing", 1000, 6)
     condition = model.encode_prompts(["a photo of a cat"])
     x0 = model.encode_images(picture())
@@ -182,7 +182,7 @@ def test_inversion_reconstructs_and_null_text_optimisation_follows_it_under_guid
     assert all(parameter.grad is None for parameter in model.pipeline.unet.parameters())
 
 
-def test_edit_and_image_to_image_run_between_prompts(model):
+def test_edit_changes_the_image_with_the_prompt_and_strength_controls_image_to_image(model):
     grid = make_grid("trailing", 1000, 6)
     cat, dog = model.encode_prompts(["a cat"]), model.encode_prompts(["a dog"])
     x0 = model.encode_images(picture())
@@ -198,12 +198,12 @@ def test_edit_and_image_to_image_run_between_prompts(model):
     assert float((weak - x0).abs().mean()) < float((strong - x0).abs().mean())
 
 
-def test_schedule_and_objective_are_the_pipelines(model):
+def test_schedule_and_objective_are_those_of_the_pipeline(model):
     assert torch.equal(model.schedule.alphas_cumprod, model.pipeline.scheduler.alphas_cumprod.double())
     assert model.objective == "eps"
 
 
-def test_what_is_no_stable_diffusion_pipeline_is_refused_with_the_remedy(tmp_path, model):
+def test_other_pipelines_are_refused_with_the_remedy(tmp_path, model):
     with pytest.raises(ValueError, match="holds no Stable Diffusion pipeline"):
         load_stable_diffusion(tmp_path / "nothing", local_files_only=True)
     with pytest.raises(ValueError, match="flow-matching"):
@@ -226,9 +226,9 @@ def test_pipeline_in_bfloat16_takes_float32_latents(saved_pipeline):
 
 def test_bad_input_is_refused_with_the_remedy(model):
     grid = make_grid("trailing", 1000, 2)
-    with pytest.raises(ValueError, match="one prompt an image"):
+    with pytest.raises(ValueError, match="one prompt embedding per image"):
         sample_ddim(model.denoiser(1.0), latents(), grid)
-    with pytest.raises(ValueError, match=r"one prompt an image \(2\)"):
+    with pytest.raises(ValueError, match=r"one prompt embedding per image \(2\)"):
         sample_ddim(model.denoiser(1.0), latents(count=2), grid, condition=model.encode_prompts(["a cat"]))
     with pytest.raises(ValueError, match="batch of floats"):
         model.encode_images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))

@@ -19,7 +19,7 @@ def test_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out") as folder:
         (folder / "part").write_text("half")
         raise RuntimeError
@@ -30,7 +30,7 @@ def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["two"], "the new folder takes the old one's place"
 
 
-def test_what_a_killed_writer_left_is_written_over(tmp_path: Path) -> None:
+def test_files_of_a_killed_writer_are_overwritten(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from diffusion_core.storage import atomic_folder\n"
         "with atomic_folder(Path(sys.argv[1])) as folder:\n"
@@ -57,7 +57,7 @@ def test_unreadable_json_is_named(tmp_path: Path, text: str | None, expected: st
         read_json(path)
 
 
-def test_numbers_that_json_lacks_are_refused(tmp_path: Path) -> None:
+def test_nan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "a.json", {"x": float("nan")})
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Loss weightings: one meaning for every objective, and the published formulas."""
+"""Loss weightings: the same for every objective, and equal to the published formulas."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_torch_fidelity_computes_our_figures_with_our_extractor():
     )  # fmt: skip
     a, b = extractor(first).double().numpy(), extractor(second).double().numpy()
     fid = frechet_distance(GaussianStatistics.from_features(a), GaussianStatistics.from_features(b))
-    # its path keeps features, and so means and kernels, in float32
+    # torch-fidelity keeps features, means and kernels in float32
     assert fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
     kid = kernel_distance(a, b, subsets=5, subset_size=40)
     assert kid.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3, abs=1e-5)
@@ -86,7 +86,7 @@ def test_damaged_or_foreign_files_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="cannot read"):
         load_extractor(tmp_path)
     (tmp_path / "junk").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="not a classifier"):
+    with pytest.raises(ValueError, match="does not hold an image classifier"):
         load_classifier(tmp_path / "junk")
 
 

@@ -24,7 +24,7 @@ def test_distance_of_commuting_covariances_is_the_closed_form():
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3, 6])
-def test_singular_covariances_keep_the_closed_form_and_equal_ones_no_distance(rank):
+def test_singular_covariances_have_the_closed_form_and_equal_ones_distance_zero(rank):
     turn, generator = rotation(6, 0), np.random.RandomState(1)
     first, second = generator.rand(6) * 3, generator.rand(6)
     first[rank:] = 0.0
@@ -72,7 +72,7 @@ def test_sets_of_different_width_or_one_sample_are_refused():
 
 @pytest.mark.parametrize(("first_n", "second_n"), [(20, 200), (20, 30), (3, 2)])
 def test_fewer_samples_than_features_give_the_distance_of_their_statistics(first_n, second_n):
-    """Against the nuclear norm of the samples' own product, which no covariance enters."""
+    """Compare with the nuclear norm of the product of the samples, which needs no covariance."""
     generator = np.random.RandomState(first_n)
     first, second = generator.randn(first_n, 64), generator.randn(second_n, 64) * 2 + 1
     a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (first, second))

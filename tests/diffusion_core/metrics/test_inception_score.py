@@ -15,7 +15,7 @@ def test_score_agrees_with_torch_fidelity_on_the_same_float64_logits(splits):
     assert ours.std == pytest.approx(theirs["inception_score_std"], rel=1e-10, abs=1e-12)
 
 
-def test_sure_and_varied_answers_score_the_number_of_classes_and_unsure_ones_score_1():
+def test_certain_varied_predictions_score_the_number_of_classes_and_uncertain_ones_score_1():
     sure = np.eye(5)[np.arange(100) % 5] * 1e4
     assert inception_score(sure, splits=1).mean == pytest.approx(5.0, rel=1e-12)
     assert inception_score(np.zeros((100, 5))).mean == pytest.approx(1.0, rel=1e-12)

@@ -8,7 +8,7 @@ from diffusion_core.metrics.manifold import manifold_scores
 
 
 def by_hand(real, generated, k):
-    """The definitions in loops."""
+    """Return the four scores by their definitions, written as loops."""
 
     def ball(points, i):
         return sorted(np.linalg.norm(points[i] - points[j]) for j in range(len(points)) if j != i)[k - 1]
@@ -46,13 +46,13 @@ def test_precision_and_recall_agree_with_torch_fidelity_on_the_same_float64_feat
         torch.from_numpy(generated), torch.from_numpy(real), prc_neighborhood=3, verbose=False
     )
     ours = manifold_scores(real, generated, neighbours=3)
-    # torch-fidelity takes the means in float32
+    # torch-fidelity computes the means in float32
     assert ours.precision == pytest.approx(theirs["precision"], rel=1e-6)
     assert ours.recall == pytest.approx(theirs["recall"], rel=1e-6)
     assert 0.1 < ours.recall < ours.precision < 1
 
 
-def test_same_set_twice_scores_full_marks_and_a_far_one_none():
+def test_equal_sets_score_one_and_a_distant_set_scores_zero():
     real = np.random.RandomState(0).randn(200, 5)
     same, far = manifold_scores(real, real.copy()), manifold_scores(real, real + 100)
     assert (same.precision, same.recall, same.coverage) == (1.0, 1.0, 1.0)

@@ -27,7 +27,7 @@ def test_merging_shards_in_any_order_gives_the_statistics_of_the_whole(sizes, of
             np.testing.assert_allclose(merged.covariance, expected, rtol=1e-10, atol=1e-12 * max(offset, 1))
 
 
-def test_any_order_gives_the_same_bits_and_nesting_the_same_to_rounding():
+def test_any_order_gives_the_same_bits_and_nesting_agrees_to_rounding():
     parts = [GaussianStatistics.from_features(np.random.RandomState(i).randn(5 + i % 2, 3)) for i in range(4)]
     first = merge_statistics(parts)
     for order in itertools.permutations(parts):
@@ -55,7 +55,7 @@ def test_bad_features_are_refused(features, named):
         GaussianStatistics.from_features(features)
 
 
-def test_statistics_that_cannot_be_are_refused():
+def test_impossible_statistics_are_refused():
     one = GaussianStatistics.from_features(np.zeros((1, 2)))
     with pytest.raises(ValueError, match="at least two samples"):
         _ = one.covariance

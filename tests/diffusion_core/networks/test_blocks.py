@@ -9,7 +9,9 @@ from diffusion_core.networks.blocks import ResidualBlock, SelfAttention, group_n
 @pytest.mark.parametrize(
     ("channels", "groups", "expected"), [(64, 32, 32), (24, 32, 24), (20, 8, 5), (7, 4, 1), (48, 32, 24)]
 )
-def test_group_norm_takes_the_most_groups_that_divide_the_channels(channels: int, groups: int, expected: int) -> None:
+def test_group_norm_has_the_largest_number_of_groups_that_divides_the_channels(
+    channels: int, groups: int, expected: int
+) -> None:
     assert group_norm(channels, groups).num_groups == expected
 
 

@@ -15,7 +15,7 @@ SPECS = {
 
 
 def example(spec, batch, generator=None):
-    """Random conditions, none of them null."""
+    """Return random conditions without a null."""
     if spec.kind == "class":
         return torch.randint(0, spec.size, (batch,), generator=generator)
     if spec.kind == "classes":
@@ -32,7 +32,7 @@ def example(spec, batch, generator=None):
 @pytest.mark.parametrize("kind", SPECS)
 @given(dropped=st.lists(st.booleans(), min_size=1, max_size=6))
 @settings(max_examples=15, deadline=None)
-def test_dropping_replaces_exactly_the_chosen_conditions_by_the_null(kind, dropped):
+def test_dropping_replaces_exactly_the_marked_conditions_by_the_null(kind, dropped):
     spec = SPECS[kind]
     condition = example(spec, len(dropped), torch.Generator().manual_seed(0))
     result = spec.drop(condition, torch.tensor(dropped))
@@ -131,7 +131,7 @@ def test_condition_outside_the_vocabulary_is_refused(kind, condition, named):
         SPECS[kind].check(condition)
 
 
-def test_number_of_conditions_must_be_the_number_of_images():
+def test_number_of_conditions_must_equal_the_number_of_images():
     with pytest.raises(ValueError, match="2 conditions were given for 3 images"):
         ConditionEmbedding(SPECS["class"], 8)(torch.tensor([0, 1]), 3, torch.device("cpu"))
 
@@ -146,12 +146,12 @@ def test_number_of_conditions_must_be_the_number_of_images():
         ("vector", torch.zeros(2, 5), r"\(B, 6\)"),
     ],
 )
-def test_network_refuses_what_lies_outside_the_vocabulary(kind, condition, named):
+def test_embedding_refuses_a_condition_outside_the_vocabulary(kind, condition, named):
     with pytest.raises(ValueError, match=named):
         ConditionEmbedding(SPECS[kind], 8)(condition, 2, torch.device("cpu"))
 
 
-def test_labels_of_any_whole_type_are_read():
+def test_labels_of_any_integer_type_are_read():
     embedding = ConditionEmbedding(SPECS["class"], 8)
     for dtype in (torch.uint8, torch.int32):
         labels = torch.tensor([0, 3], dtype=dtype)

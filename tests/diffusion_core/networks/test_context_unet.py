@@ -32,8 +32,8 @@ def test_any_even_size_works_and_every_parameter_takes_part(size):
 
 @pytest.mark.parametrize("kind", SPECS)
 @torch.no_grad()
-def test_each_image_depends_on_itself_alone_whatever_the_batch(kind):
-    network, condition = build(kind).train(), SPECS[kind][1]  # in training mode: BatchNorm would mix the batch here
+def test_each_image_depends_on_itself_only_for_any_batch(kind):
+    network, condition = build(kind).train(), SPECS[kind][1]  # BatchNorm would mix the batch in training mode
     x, t = torch.randn(2, 2, 8, 8), torch.tensor([3, 700])
     whole = network(x, t, condition)
     for row in range(2):
@@ -55,7 +55,7 @@ def test_context_multiplies_and_its_null_is_no_context(kind):
         torch.testing.assert_close(network(x, t), plain(x, t))  # a new null multiplies by 1
 
 
-def test_odd_sizes_tokens_and_unasked_self_conditions_are_refused():
+def test_odd_sizes_tokens_and_unexpected_self_conditions_are_refused():
     with pytest.raises(ValueError, match="even image_size"):
         build(size=7)
     with pytest.raises(ValueError, match="tokens"):
@@ -82,6 +82,6 @@ def test_tensors_that_do_not_fit_are_refused(x, condition, named):
         build()(x, torch.tensor([3, 700]), condition)
 
 
-def test_condition_for_a_network_without_one_is_refused():
+def test_condition_for_an_unconditional_network_is_refused():
     with pytest.raises(ValueError, match="takes no condition"):
         build("none")(torch.zeros(2, 2, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 1]))

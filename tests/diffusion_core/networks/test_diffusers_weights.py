@@ -39,7 +39,7 @@ SMALL = {
 CASES = {
     "cifar10": CIFAR10,
     "default": SMALL,
-    "ddpm": {  # the settings of CIFAR10 in a network that is quick to write
+    "ddpm": {  # the settings of CIFAR10 in a small network
         **SMALL,
         "attention_head_dim": None,
         "norm_eps": 1e-6,
@@ -127,7 +127,7 @@ def test_null_class_is_the_last_embedding_of_diffusers():
 
 
 @torch.no_grad()
-def test_class_network_without_a_null_is_written_as_it_was_read(tmp_path):
+def test_class_network_without_a_null_is_written_back_unchanged(tmp_path):
     source = random_model(CASES["class"])
     ours = unet_from_diffusers(dict(source.config), source.state_dict())
     config, weights = unet_to_diffusers(ours, null_class=False)
@@ -165,7 +165,7 @@ def test_weights_named_by_the_first_diffusers_releases_are_read():
         ({"class_embed_type": "timestep"}, "class_embed_type"),
     ],
 )
-def test_diffusers_setting_without_counterpart_is_refused_by_name(change, named):
+def test_unsupported_diffusers_setting_is_refused_by_name(change, named):
     with pytest.raises(ValueError, match=named):
         config_from_diffusers({**SMALL, **change})
 
@@ -192,7 +192,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"resampling": "pool"}, {"self_conditioning": True}, {"groups": 24}])
-def test_network_that_diffusers_cannot_carry_is_refused(options):
+def test_network_that_diffusers_does_not_support_is_refused(options):
     network = UNet(
         condition=ConditionSpec(), image_size=8, image_channels=1, channels=32, multipliers=(1, 2), **options
     )

@@ -27,7 +27,7 @@ CONDITIONS = {
 
 
 def small(kind="none", **options):
-    """A UNet whose zero-initialised layers are filled in, so that everything takes part in the output."""
+    """Build a UNet with random values in its zero-initialised layers, so that every parameter affects the output."""
     torch.manual_seed(0)
     settings = {"image_size": 8, "image_channels": 3, "channels": 16, "multipliers": (1, 2), "num_res_blocks": 1}
     network = UNet(condition=SPECS[kind], **{**settings, "attention_sizes": (4,), "groups": 8, **options}).eval()
@@ -89,7 +89,7 @@ def test_each_image_depends_on_its_own_input_time_and_condition_alone(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in SPECS if kind != "none"])
 @torch.no_grad()
-def test_no_condition_is_the_null_condition(kind):
+def test_omitted_condition_is_the_null_condition(kind):
     network = small(kind)
     x, t = batch()
     null = SPECS[kind].null(3)
@@ -109,7 +109,7 @@ def test_padding_tokens_change_nothing():
 
 
 @torch.no_grad()
-def test_missing_self_condition_is_zeros_and_a_given_one_matters():
+def test_omitted_self_condition_is_zeros_and_a_given_one_matters():
     network = small(self_conditioning=True)
     x, t = batch()
     assert torch.equal(network(x, t), network(x, t, None, self_condition=torch.zeros_like(x)))
@@ -142,7 +142,7 @@ def test_attention_with_several_heads_equals_the_sum_written_out():
 
 @pytest.mark.parametrize("kind", ["class", "tokens"])
 @torch.no_grad()
-def test_recording_gradients_or_not_and_the_memory_format_leave_the_output(kind):
+def test_recording_gradients_and_the_memory_format_do_not_change_the_output(kind):
     network = small(kind)
     x, t = batch()
     without = network(x, t, CONDITIONS[kind][0])
@@ -155,7 +155,7 @@ def test_recording_gradients_or_not_and_the_memory_format_leave_the_output(kind)
     torch.testing.assert_close(last, without, atol=1e-5, rtol=1e-5)
 
 
-def test_new_network_predicts_zero_and_dropout_acts_in_training_alone():
+def test_new_network_predicts_zero_and_dropout_acts_in_training_only():
     network = UNet(
         condition=SPECS["none"], image_size=8, image_channels=1, channels=32, multipliers=(1, 2), dropout=0.5
     )
@@ -251,6 +251,6 @@ def test_options_out_of_range_are_refused_by_name(options, named):
         small(**options)
 
 
-def test_tokens_that_nothing_would_read_are_refused():
-    with pytest.raises(ValueError, match="read by attention"):
+def test_tokens_in_a_network_without_attention_are_refused():
+    with pytest.raises(ValueError, match="needs attention"):
         small("tokens", attention_sizes=(), middle_attention=False)

@@ -1,6 +1,6 @@
 """Make the pictures of the README and of docs/diffusion_core.md.
 
-uv run dvc repro && uv run python -m docs.make_pictures
+dvc repro && python -m docs.make_pictures
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ IMAGES = Path(__file__).parent / "images"
 
 
 def readme_picture(evaluation: Path) -> Image.Image:
-    """The samples of the champion's setting beside the heat map."""
-    samples = Image.open(evaluation / "grids" / "eta-0.0-steps-50.png").convert("RGB")
+    """Return the samples of the champion's setting beside the heat map."""
+    samples = Image.open(evaluation / "samples" / "eta-0.0-steps-50.png").convert("RGB")
     heat_map = Image.open(evaluation / "heatmap.png").convert("RGB")
     samples = samples.resize((samples.width * 2, samples.height * 2), Image.Resampling.NEAREST)
     scale = samples.height / heat_map.height
@@ -37,7 +37,7 @@ def main() -> None:
             shutil.copy(path, IMAGES / path.name)
     evaluation = Path("artifacts/evaluation")
     if not evaluation.exists():
-        raise SystemExit("the guide's pictures are made; the README's needs the default run first: uv run dvc repro")
+        raise SystemExit("made the pictures of the guide; that of the README needs the default run: uv run dvc repro")
     readme_picture(evaluation).save(IMAGES / "digits.png", optimize=True)
 
 

@@ -7,11 +7,31 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.stage import one_line_errors, quiet_environment
+
+if TYPE_CHECKING:
+    from diffusion_core.artifact import DiffusionModel
+    from pipelines.params import RayRun
+
+PACKAGES = (
+    "rediffuse",
+    "torch",
+    "torchvision",
+    "ray",
+    "mlflow",
+    "dvc",
+    "torch-fidelity",
+    "optuna",
+    "pandas",
+    "numpy",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,18 +50,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     doctor_parser = commands.add_parser(
         "doctor",
-        help="show versions, devices, Ray, MLflow and storage: paste it into a bug report",
-        description="Show versions, devices, Ray, MLflow and storage, for bug reports. Changes nothing.",
+        help="show versions, devices, settings, Ray, MLflow and storage: paste it into a bug report",
+        description="Show versions, devices, settings, Ray, MLflow and storage, for bug reports. Changes nothing.",
     )
     doctor_parser.set_defaults(work=doctor)
     sample_parser = commands.add_parser(
         "sample",
-        help="make images with a trained model",
-        description="Make images with a trained model. The same seed and labels give the same images, whatever the batch size.",
-        epilog="example: rediffuse sample artifacts/model --labels 3,7 --num 64 --steps 50 --seed 0 --output grid.png",
+        help="sample images from a trained model",
+        description="Sample images from a trained model. The same seed and labels give the same images for any batch size.",
+        epilog="example: rediffuse sample artifacts/model --labels 3,7 --num 64 --steps 50 --seed 0 --output picture.png",
     )
     sample_parser.add_argument(
-        "model", help="a model directory, or models:/NAME@champion, models:/NAME/VERSION in MLflow's registry"
+        "model", help="a model directory, or models:/NAME@champion or models:/NAME/VERSION in MLflow's registry"
     )
     sample_parser.add_argument(
         "--labels", help="class indices or names, separated by commas, taken in turn (default: every class)"
@@ -62,28 +82,30 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=int,
         default=64,
-        help="images held at a time; changes memory, not the images (default: %(default)s)",
+        help="images held at a time; changes memory, not the images, except for rounding on a GPU (default: %(default)s)",
     )
-    sample_parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    sample_parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is a GPU)")
     sample_parser.add_argument(
         "--output",
         type=Path,
         default=Path("samples.png"),
-        help="a .png for one grid, or a folder for single files (default: %(default)s)",
+        help="a .png for one picture of all images, or a folder for single files (default: %(default)s)",
     )
     sample_parser.set_defaults(work=sample)
     return parser
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """Make images and write them as one grid or as single files."""
+    """Sample images, and write them as one picture or as single files."""
     import torch
     from tqdm import tqdm
 
-    from diffusion_core.generation import SamplerSettings, generate
+    from diffusion_core.condition_encoding import encode_classes
+    from diffusion_core.generation import SamplerSettings, generate, rows_per_call
     from diffusion_core.networks.memory import keep_freed_memory
     from diffusion_core.storage import atomic_path
-    from pipelines.training.grids import image_grid, png
+    from pipelines.devices import driver_device
+    from pipelines.pictures import picture_of, png
 
     for name in ("num", "batch_size"):
         if getattr(arguments, name) < 1:
@@ -91,38 +113,46 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.output.suffix and arguments.output.suffix.lower() != ".png":
         raise ValueError(f"--output: given {arguments.output}, allowed a name that ends in .png, or a folder")
     keep_freed_memory()
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device or str(driver_device())
     model = _load_model(arguments.model, device)
+    if model.condition.kind != "class":
+        raise ValueError(
+            f"{arguments.model} takes a condition of kind {model.condition.kind}, this command samples classes only: "
+            "use diffusion_core.generation.generate_images"
+        )
+    class_names = model.class_names or [str(index) for index in range(model.condition.size)]
     try:
         eta = arguments.eta if arguments.eta == "sigma_hat" else float(arguments.eta)
     except ValueError:
         raise ValueError(f"--eta: given {arguments.eta!r}, allowed a number from 0 to 1, or sigma_hat") from None
     settings = SamplerSettings(steps=arguments.steps, eta=eta, guidance_scale=arguments.guidance_scale)
-    wanted = arguments.labels.split(",") if arguments.labels else list(range(len(model.class_names)))
-    chosen = model.class_labels(wanted)
+    wanted = arguments.labels.split(",") if arguments.labels else list(range(len(class_names)))
+    chosen = encode_classes(wanted, class_names)
     labels = chosen[torch.arange(arguments.num) % len(chosen)]
     images = torch.empty((arguments.num, *model.image_shape), dtype=torch.uint8)
+    block_size = rows_per_call(torch.device(device).type, min(arguments.num, arguments.batch_size))
     with tqdm(total=arguments.num, unit="image", desc=f"{settings.steps} steps, eta {arguments.eta}") as bar:
         for start in range(0, arguments.num, arguments.batch_size):
             indices = torch.arange(start, min(start + arguments.batch_size, arguments.num))
-            for positions, block in generate(model, labels[indices], indices, settings, seed=arguments.seed):
+            blocks = generate(model, labels[indices], indices, settings, seed=arguments.seed, block_size=block_size)
+            for positions, block in blocks:
                 images[indices[positions]] = block
                 bar.update(len(positions))
     if arguments.output.suffix:
         with atomic_path(arguments.output) as temporary:
-            temporary.write_bytes(png(image_grid(images, columns=min(8, arguments.num))))
+            temporary.write_bytes(png(picture_of(images, columns=min(8, arguments.num))))
     else:
         arguments.output.mkdir(parents=True, exist_ok=True)
         digits = len(str(arguments.num - 1))
         for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-            name = "".join(c if c.isalnum() or c in "-_" else "_" for c in model.class_names[label])
-            picture = image_grid(image[None], columns=1, scale=1, gap=0)
+            name = "".join(c if c.isalnum() or c in "-_" else "_" for c in class_names[label])
+            picture = picture_of(image[None], columns=1, scale=1, gap=0)
             (arguments.output / f"{index:0{digits}d}-{name}.png").write_bytes(png(picture))
     print(f"{arguments.num} images of {model.image_size}x{model.image_size}: {arguments.output}")
 
 
-def _load_model(where: str, device: str):
-    """A DiffusionModel from a directory or from MLflow's registry."""
+def _load_model(where: str, device: str) -> DiffusionModel:
+    """Load a DiffusionModel from a directory or from MLflow's registry."""
     from diffusion_core.artifact import DiffusionModel
 
     if not where.startswith("models:/"):
@@ -130,16 +160,18 @@ def _load_model(where: str, device: str):
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    from pipelines.params import Tracking
-    from pipelines.tracking import tracking_uri
+    from pipelines.params import load_run_settings
+    from pipelines.tracking import registry_uri, shown, tracking_uri
 
-    mlflow.set_tracking_uri(tracking_uri(Tracking()))
+    tracking = load_run_settings().tracking
+    mlflow.set_tracking_uri(tracking_uri(tracking))
+    mlflow.set_registry_uri(registry_uri(tracking))
     with tempfile.TemporaryDirectory() as folder:
         try:
             root = Path(mlflow.artifacts.download_artifacts(where, dst_path=folder))
         except MlflowException as error:
             raise ValueError(
-                f"{where}: {' '.join(str(error).split())}; the store is {tracking_uri(Tracking())}"
+                f"{where}: {' '.join(str(error).split())}; the registry is {shown(registry_uri(tracking))}"
             ) from None
         found = sorted(root.rglob("model.json"))
         if not found:
@@ -148,90 +180,109 @@ def _load_model(where: str, device: str):
 
 
 def doctor(arguments: argparse.Namespace) -> None:
-    """Show versions, devices, Ray, MLflow and storage."""
-    import torch
+    """Show versions, devices, settings, Ray, MLflow and storage."""
+    from pipelines.params import PARAMS_PATH, RunSettings, load_params, load_run_settings, run_settings_path
+    from pipelines.tracking import changed_store, registry_uri, shown, tracking_uri
 
-    from pipelines.params import PARAMS_PATH, Tracking, load_params
-    from pipelines.tracking import tracking_uri
-    from pipelines.training.loop import has_bf16
-
-    def show(name: str, value: object) -> None:
-        print(f"{name:<22}{value}")
-
-    show("system", f"{platform.platform()}, Python {platform.python_version()}")
-    for package in (
-        "rediffuse",
-        "torch",
-        "torchvision",
-        "ray",
-        "mlflow",
-        "dvc",
-        "torch-fidelity",
-        "optuna",
-        "pandas",
-        "numpy",
-    ):
+    _show("system", f"{platform.platform()}, Python {platform.python_version()}")
+    _show("uv", _uv_version())
+    for package in PACKAGES:
         try:
-            show(package, importlib.metadata.version(package))
+            _show(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
-            show(package, "not installed")
-    show(
-        "cpu",
-        f"{len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}, bf16 {'yes' if has_bf16(torch.device('cpu')) else 'no'}",
-    )
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            show(
-                f"cuda:{index}",
-                f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, capability {properties.major}.{properties.minor}",
-            )
-    else:
-        show("cuda", "none")
+            _show(package, "not installed")
+    _show_devices()
     for name, path in (
         ("project disk", Path.cwd()),
         ("temporary disk", Path(tempfile.gettempdir())),
         ("shared memory", Path("/dev/shm")),
     ):
         if path.exists():
-            show(name, f"{shutil.disk_usage(path).free / 2**30:.0f} GiB free")
-    show("project", f"writable: {'yes' if os.access('.', os.W_OK) else 'no'}")
-    tracking = Tracking()
+            _show(name, f"{shutil.disk_usage(path).free / 2**30:.0f} GiB free")
+    _show("project", f"writable: {'yes' if os.access('.', os.W_OK) else 'no'}")
     if PARAMS_PATH.exists():
-        try:
-            tracking = load_params().tracking
-            show("params.yaml", "valid")
-        except ValueError as error:
-            show("params.yaml", f"wrong: {error}")
+        _show("params.yaml", _validity(load_params))
     else:
-        show("params.yaml", "none here: run this in the project's folder")
-    show("MLflow", _mlflow_state(tracking_uri(tracking)))
-    show("Ray", _ray_state())
+        _show("params.yaml", "none here: run this in the project's folder")
+    run, run_path = RunSettings(), run_settings_path()
+    state = _validity(load_run_settings)
+    if state == "valid":
+        run = load_run_settings()
+        state = "valid" if run_path.exists() else "none here: every count is auto"
+    _show(str(run_path), state)
+    uri, registry = tracking_uri(run.tracking), registry_uri(run.tracking)
+    _show("MLflow", _mlflow_state(uri))
+    if registry != uri:
+        _show("MLflow registry", shown(registry))
+    changed = changed_store(run.tracking)
+    if changed:
+        _show("MLflow history", changed)
+    _show("Ray", _ray_state(run.ray))
+
+
+def _show(name: str, value: object) -> None:
+    print(f"{name:<22}{value}")
+
+
+def _show_devices() -> None:
+    import torch
+
+    from pipelines.devices import best_precision
+
+    cpu = torch.device("cpu")
+    cores = len(os.sched_getaffinity(0))
+    _show("cpu", f"{cores} cores, {torch.backends.cpu.get_cpu_capability()}, precision auto: {best_precision(cpu)}")
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        _show(
+            f"cuda:{index}",
+            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, capability {properties.major}.{properties.minor}, "
+            f"precision auto: {best_precision(torch.device('cuda', index))}",
+        )
+    if not torch.cuda.is_available():
+        _show("cuda", "none")
+
+
+def _uv_version() -> str:
+    found = shutil.which("uv")
+    if found is None:
+        return "not installed"
+    result = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    return result.stdout.strip().removeprefix("uv ") or "does not run"
+
+
+def _validity(load: Callable[[], object]) -> str:
+    try:
+        load()
+    except ValueError as error:
+        return f"wrong: {error}"
+    return "valid"
 
 
 def _mlflow_state(uri: str) -> str:
+    from pipelines.tracking import shown
+
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///"))
-        return f"{uri} ({f'{path.stat().st_size / 2**20:.1f} MiB' if path.exists() else 'not made yet'})"
+        return f"{shown(uri)} ({f'{path.stat().st_size / 2**20:.1f} MiB' if path.exists() else 'not created yet'})"
     import mlflow
 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     try:
         mlflow.MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:
-        return f"{uri} does not answer: {' '.join(str(error).split())[:120]}"
-    return f"{uri} answers"
+        return f"{shown(uri)} does not answer: {' '.join(str(error).split())[:120]}"
+    return f"{shown(uri)} answers"
 
 
-def _ray_state() -> str:
+def _ray_state(ray_run: RayRun) -> str:
     from pipelines.cluster import ray_session
-    from pipelines.params import Ray
 
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        return "no RAY_ADDRESS: stages start a local Ray on this machine's cores"
+    address = ray_run.address or os.environ.get("RAY_ADDRESS")
+    if address in (None, "", "local"):
+        return "no ray.address or RAY_ADDRESS: stages start a local Ray on this machine's cores"
     try:
-        with ray_session(Ray()):
+        with ray_session(ray_run):
             import ray
 
             total = ray.cluster_resources()

@@ -9,29 +9,38 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from diffusion_core.storage import write_text
-from pipelines.params import Ray
+from pipelines.devices import best_precision
+from pipelines.params import RayRun
+from pipelines.resources import Node
 from pipelines.stage import log, quiet_environment
 
 
 @contextmanager
-def ray_session(settings: Ray) -> Iterator[None]:
+def ray_session(settings: RayRun) -> Iterator[None]:
     """Join the cluster of ``ray.address`` or RAY_ADDRESS, else start a local Ray on this machine's cores; leave it at the end.
 
-    Raises ValueError where the cluster cannot be reached.
+    The local Ray takes token authentication. A cluster is joined as its owner set it up: RAY_AUTH_MODE is left alone.
+    Raises ValueError if the cluster cannot be reached.
     """
     quiet_environment()
+    address = settings.address or os.environ.get("RAY_ADDRESS") or None
+    local = address in (None, "local")
+    if local:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
-    address = settings.address or os.environ.get("RAY_ADDRESS") or None
     if ray.is_initialized():
         yield
         return
-    if address in (None, "local"):
+    if local:
         ray.init(
             address="local",
-            num_cpus=settings.num_cpus or len(os.sched_getaffinity(0)),
+            num_cpus=len(os.sched_getaffinity(0)) if settings.num_cpus == "auto" else settings.num_cpus,
             log_to_driver=True,
             logging_level=logging.WARNING,
             dashboard_host="127.0.0.1",
@@ -40,6 +49,7 @@ def ray_session(settings: Ray) -> Iterator[None]:
         import diffusion_core
         import pipelines
 
+        assert address is not None
         _check_listens(address)
         packages = [str(Path(package.__file__ or "").parent) for package in (diffusion_core, pipelines)]
         try:
@@ -48,21 +58,60 @@ def ray_session(settings: Ray) -> Iterator[None]:
                 runtime_env={"py_modules": packages, "env_vars": _passed_on()},
                 logging_level=logging.WARNING,
             )
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise _no_cluster(address, str(error)) from None
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+            raise _no_cluster(address, error) from None
     total = ray.cluster_resources()
-    log.info("Ray: %d node(s), %g CPUs, %g GPUs", len(nodes), total.get("CPU", 0), total.get("GPU", 0))
+    log.info("Ray: %d node(s), %g CPUs, %g GPUs", len(cluster_nodes()), total.get("CPU", 0), total.get("GPU", 0))
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def check_resources(count: int, cpus: float, gpus: float, what: str, remedy: str) -> None:
-    """Raise ValueError where ``count`` bundles of these resources can never be placed on the cluster's nodes.
+def cluster_nodes() -> list[Node]:
+    """The CPUs and GPUs of each node that is alive."""
+    import ray
 
-    ``what`` names the request and ``remedy`` the settings that change it. A cluster that can grow by itself is not judged.
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in resources]
+
+
+def resolve_precision(precision: str, device_type: Literal["cpu", "cuda"]) -> str:
+    """``fp32`` or ``bf16``: an explicit precision as it is; ``auto`` is bf16 if every node that can compute multiplies it natively.
+
+    Every node with that type of device is asked once, so that all workers, and all workers of a later resume, agree.
+    """
+    if precision != "auto":
+        return precision
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    resource = "GPU" if device_type == "cuda" else "CPU"
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    able = [node for node in nodes if node["Resources"].get(resource, 0.0) > 0]
+    if len(nodes) < 2:
+        answers = [best_precision(torch.device(device_type))]
+    else:
+        ask = ray.remote(num_cpus=0)(_best_precision)
+        answers = ray.get(
+            [
+                ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                    device_type
+                )
+                for node in able
+            ],
+            timeout=120,
+        )
+    resolved = "bf16" if answers and all(answer == "bf16" for answer in answers) else "fp32"
+    native = "all nodes multiply" if resolved == "bf16" else "not all nodes multiply"
+    log.info("precision auto: %s, because %s bf16 natively on the %s", resolved, native, resource)
+    return resolved
+
+
+def check_resources(count: int, cpus: float, gpus: float, what: str, remedy: str) -> None:
+    """Raise ValueError if ``count`` bundles of these resources can never be placed on the cluster's nodes.
+
+    ``what`` names the request and ``remedy`` the settings that change it.
     """
     import ray
 
@@ -82,7 +131,7 @@ def check_resources(count: int, cpus: float, gpus: float, what: str, remedy: str
 
 
 def check_shared(folders: dict[str, Path]) -> None:
-    """Raise ValueError where a node of a cluster of several does not see one of these local folders.
+    """Raise ValueError if the cluster has several nodes and one of them does not see one of these local folders.
 
     Each node looks for a file that this process has just written, so a network file system passes and a local disk does not.
     """
@@ -99,7 +148,7 @@ def check_shared(folders: dict[str, Path]) -> None:
         write_text(probes[name], "")
     try:
         look = ray.remote(num_cpus=0, max_retries=0)(_exist)
-        answers = []  # pairs: a host name is no key, several nodes may share one
+        answers = []  # pairs, because several nodes may share a host name
         for node in nodes:
             there = look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
             answers.append((node["NodeManagerHostname"], there.remote([str(path) for path in probes.values()])))
@@ -108,27 +157,21 @@ def check_shared(folders: dict[str, Path]) -> None:
             for name, seen in zip(probes, found, strict=True):
                 if not seen:
                     raise ValueError(
-                        f"{name} is {folders[name]}, a folder that node {host} of the Ray cluster does not see: with several nodes, "
-                        "put the project on storage that all of them mount, or set ray.storage to such a folder or URI (s3://..., gs://...)"
+                        f"{name} is {folders[name]}, a folder that node {host} of the Ray cluster does not see: with several nodes, put the "
+                        "project on storage that all of them mount, or set ray.storage in run.yaml to such a folder or URI (s3://..., gs://...)"
                     )
     finally:
         for path in probes.values():
             path.unlink(missing_ok=True)
 
 
-def prepare_worker(threads: int) -> None:
-    """Called by each Ray worker before it computes: its share of the cores, and an allocator that keeps its memory."""
-    import torch
-
-    from diffusion_core.networks.memory import keep_freed_memory
-
-    if not torch.cuda.is_available():
-        torch.set_num_threads(threads)
-        keep_freed_memory()
-
-
 def is_uri(storage: str) -> bool:
+    """Return True if the storage is a URI (s3://..., gs://...) and not a folder."""
     return "://" in storage
+
+
+def _best_precision(device_type: str) -> str:
+    return best_precision(torch.device(device_type))
 
 
 def _exist(paths: list[str]) -> list[bool]:
@@ -141,18 +184,24 @@ def _passed_on() -> dict[str, str]:
 
 
 def _check_listens(address: str) -> None:
-    """Ray itself waits for minutes, and then ends the process, where nobody listens at host:port."""
+    """Raise ValueError if nobody listens at host:port: Ray itself waits for minutes and then ends the process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
     except OSError as error:
-        raise _no_cluster(address, error.strerror or str(error)) from None
+        raise _no_cluster(address, error) from None
 
 
-def _no_cluster(address: str, reason: str) -> ValueError:
+def _no_cluster(address: str, error: BaseException) -> ValueError:
+    reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
+    if "auth" in type(error).__name__.lower() or "token" in reason.lower():
+        return ValueError(
+            f"the Ray cluster at {address} and this process do not agree on authentication ({reason}): set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN if the cluster uses tokens, and RAY_AUTH_MODE=disabled if it does not"
+        )
     return ValueError(
-        f"no Ray cluster answers at {address} ({' '.join(reason.split())[:200]}): start it (ray start --head), or correct "
-        "ray.address or RAY_ADDRESS; without either a local Ray is started"
+        f"no Ray cluster answers at {address} ({reason}): start it (ray start --head), or correct ray.address in run.yaml or "
+        "RAY_ADDRESS; without either, the stage starts a local Ray"
     )

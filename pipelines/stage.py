@@ -1,4 +1,4 @@
-"""What every stage does around its work: settings, one process at a time, and errors of one line."""
+"""The frame of every stage: settings, one process at a time, and errors of one line."""
 
 from __future__ import annotations
 
@@ -13,9 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffusion_core.storage import write_text
-from pipelines.params import PARAMS_PATH, Params, load_params
+from pipelines.data.listing import listing_changes
+from pipelines.identity import RUNS
+from pipelines.params import (
+    PARAMS_PATH,
+    Params,
+    RunSettings,
+    declared_params,
+    load_params,
+    load_run_settings,
+    read_yaml,
+)
+from pipelines.params.sections import record_reads, recorded_reads
 
-RUNS = Path("runs")
 DATA = Path("artifacts/data")
 REFERENCE = Path("artifacts/reference")
 SEARCH = Path("artifacts/search")
@@ -25,6 +35,8 @@ REGISTRATION = Path("artifacts/registration.json")
 REPORT = Path("artifacts/report")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
+LISTING_RECORDS = RUNS / "prepared"
+"""Which image folder prepare read, and when its files were modified. It depends on the machine, so it is not an artifact."""
 
 log = logging.getLogger("rediffuse")
 
@@ -34,7 +46,6 @@ QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_AUTH_MODE": "token",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -43,38 +54,56 @@ QUIET = {
     "DVC_NO_ANALYTICS": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-"""Telemetry off, and the settings of Ray that the stages rely on; a value from outside wins."""
+"""Telemetry off, and the settings of Ray and MLflow that the stages rely on. A value from outside wins."""
 
 
 def quiet_environment() -> None:
-    """Set what Ray and MLflow read from the environment. Call before importing either."""
+    """Set the environment variables that Ray and MLflow read. Call it before importing either."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
 
 
-def run_stage(name: str, work: Callable[[Params], None]) -> None:
-    """The body of ``python -m pipelines.<name>``: reads the settings, takes the stage's lock, works, reports errors.
+def run_stage(name: str, work: Callable[[Params, RunSettings], None]) -> None:
+    """The body of ``python -m pipelines.<name>``: read the settings, take the stage's lock, work, report errors.
 
-    A ValueError (what a user can cause) or an OSError becomes one line on stderr and exit status 1; the environment
-    variable REDIFFUSE_TRACEBACK=1 shows the traceback. Anything else is our own fault and keeps its traceback.
+    ``work`` gets the params that dvc.yaml declares for the stage, and run.yaml. A ValueError (what a user can cause) or an OSError
+    becomes one line on stderr and exit status 1; REDIFFUSE_TRACEBACK=1 shows the traceback. Any other error is our fault and
+    keeps its traceback. REDIFFUSE_PARAMS_READ=FILE writes the params that the stage read into that file.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m pipelines.{name}", description=(work.__doc__ or "").strip())
-    parser.add_argument("--params", type=Path, default=PARAMS_PATH, help="the settings (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipelines.{name}",
+        description=(work.__doc__ or "").strip(),
+        epilog="REDIFFUSE_RUN=FILE selects another file than run.yaml.",
+    )
+    parser.add_argument(
+        "--params", type=Path, default=PARAMS_PATH, help="what decides the result (default: %(default)s)"
+    )
+    parser.add_argument("--run", type=Path, help="where and how to run (default: REDIFFUSE_RUN, else run.yaml)")
     arguments = parser.parse_args()
     quiet_environment()
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {name}: %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     with one_line_errors(name):
         params = load_params(arguments.params)
+        declared = read_yaml(Path("dvc.yaml"))["stages"][name].get("params", [])
+        run = load_run_settings(arguments.run)
         with stage_lock(name):
             started = time.monotonic()
-            work(params)
+            if name != "prepare" and (changes := listing_changes(DATA, LISTING_RECORDS)) is not None:
+                log.warning("%s", changes)
+            reads_file = os.environ.get("REDIFFUSE_PARAMS_READ")
+            if reads_file:
+                record_reads()
+            work(declared_params(params, declared), run)
+            if reads_file:
+                with open(reads_file, "a", encoding="utf-8") as file:
+                    file.writelines(f"{name} {section}.{field}\n" for section, field in sorted(recorded_reads()))
             log.info("done in %.0f s", time.monotonic() - started)
 
 
 @contextmanager
 def one_line_errors(name: str) -> Iterator[None]:
-    """Turn what a user can cause into one line and exit status 1."""
+    """Turn errors that a user can cause into one line and exit status 1."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -84,12 +113,12 @@ def one_line_errors(name: str) -> Iterator[None]:
         print(f"{name}: error: {describe_error(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; run it again to go on", file=sys.stderr)
+        print(f"{name}: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
 
 
 def describe_error(error: BaseException) -> str:
-    """One line for an error, also where Ray wrapped it."""
+    """Return one line for an error, also if Ray wrapped it."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):
         return describe_error(cause)
@@ -101,9 +130,9 @@ def describe_error(error: BaseException) -> str:
 
 @contextmanager
 def stage_lock(name: str, folder: Path = RUNS) -> Iterator[None]:
-    """Hold the stage's lock in this project; wait, saying so, while another process holds it.
+    """Hold the stage's lock in this project. Wait, with a log line, while another process holds it.
 
-    The kernel lets go of the lock when its holder dies, however it dies.
+    The kernel releases the lock when its holder dies, for whatever reason.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +148,7 @@ def stage_lock(name: str, folder: Path = RUNS) -> Iterator[None]:
             except BlockingIOError:
                 if waited % 30 == 0:
                     file.seek(0)
-                    log.info("waiting: process %s runs this stage here already", file.read().strip() or "?")
+                    log.info("waiting: process %s is already running this stage here", file.read().strip() or "?")
                 waited += 1
                 time.sleep(1.0)
         file.seek(0)
@@ -130,7 +159,7 @@ def stage_lock(name: str, folder: Path = RUNS) -> Iterator[None]:
 
 
 def check_writable(*folders: Path) -> None:
-    """Raise ValueError before the work starts where a stage could not write its results."""
+    """Raise ValueError, before the work starts, if a stage could not write its results into these folders."""
     for folder in folders:
         probe = folder / ".writable"
         try:

@@ -1,97 +1,130 @@
-"""MLflow, and nothing else knows MLflow (but the registry, which is MLflow's).
+"""Write to MLflow. Only this module and the registry know MLflow.
 
-A stage has one run for one fingerprint: started again, it goes on with that run. The driver is the only writer of a run;
-workers send it what is to be logged.
+A stage has one run per key and settings, and continues it after a restart. The driver is the only writer of a run; workers send
+what is to be logged to the driver.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
-from pipelines.params import Params, Tracking
-from pipelines.stage import log, quiet_environment
-from pipelines.state import stage_params, workspace_id
+from diffusion_core.storage import read_json, write_json
+from pipelines.identity import workspace_id
+from pipelines.params import TrackingRun
+from pipelines.stage import METRICS, PLOTS, RUNS, log, quiet_environment
 
 T = TypeVar("T")
 KEY_TAG, STAGE_TAG, WORKSPACE_TAG = "rediffuse.key", "rediffuse.stage", "rediffuse.workspace"
-METRICS_A_CALL = 1000
+PARENT_TAG = "mlflow.parentRunId"
+METRICS_PER_CALL = 1000
+PARAMS_PER_CALL = 100
+LONGEST_PARAM = 6000
+LAST_STORES = RUNS / "mlflow_stores.json"
+"""The stores that the last run wrote to, without credentials."""
 
 
-def tracking_uri(tracking: Tracking) -> str:
-    """The configured store: params, then MLFLOW_TRACKING_URI, then mlflow.db in the project (absolute)."""
+def tracking_uri(tracking: TrackingRun) -> str:
+    """Return the configured store: tracking.uri, else MLFLOW_TRACKING_URI, else mlflow.db in the project (absolute)."""
     return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
-def connect(tracking: Tracking):
-    """An MlflowClient of the configured store, its tables and the experiment made before anyone else writes.
+def registry_uri(tracking: TrackingRun) -> str:
+    """Return the store of the model registry: MLFLOW_REGISTRY_URI, else the tracking store.
 
-    Raises ValueError where the store cannot be reached or is MLflow's old file store.
+    Databricks keeps models with aliases in Unity Catalog, so `databricks` becomes `databricks-uc`, as in MLflow itself.
+    """
+    uri = tracking_uri(tracking)
+    default = uri.replace("databricks", "databricks-uc", 1) if _is_databricks(uri) else uri
+    return os.environ.get("MLFLOW_REGISTRY_URI") or default
+
+
+def connect(tracking: TrackingRun) -> Any:
+    """Return an MlflowClient of the configured stores. Creates their tables and the experiment before workers write.
+
+    Raises ValueError if a store cannot be reached or is MLflow's old file store.
     """
     quiet_environment()
-    uri = tracking_uri(tracking)
-    if "://" not in uri or uri.startswith("file:"):
+    uri, registry = tracking_uri(tracking), registry_uri(tracking)
+    for store in (uri, registry):
+        if not _is_databricks(store) and ("://" not in store or store.startswith("file:")):
+            raise ValueError(
+                f"MLflow store {shown(store)}: the file store is not supported; use sqlite:///mlflow.db, databricks or "
+                "a server's http address"
+            )
+    if _is_databricks(uri) and not tracking.experiment.startswith("/"):
         raise ValueError(
-            f"MLflow store {uri}: the file store is not supported; use sqlite:///mlflow.db or a server's http address"
+            f"tracking.experiment: given {tracking.experiment!r}, allowed a workspace path on Databricks, "
+            f"such as /Shared/{tracking.experiment}"
         )
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    local = uri.startswith("sqlite:")
     try:
         mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri)
-        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+        mlflow.set_registry_uri(registry)
+        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=registry)
         if client.get_experiment_by_name(tracking.experiment) is None:
-            location = Path("mlartifacts").resolve().as_uri() if local else None
-            with contextlib.suppress(MlflowException):  # another process has made it in this moment
+            location = Path("mlartifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
+            with contextlib.suppress(MlflowException):  # another process has just created it
                 client.create_experiment(tracking.experiment, artifact_location=location)
         if client.get_experiment_by_name(tracking.experiment) is None:
-            raise MlflowException(f"the experiment {tracking.experiment} could not be made, or is deleted")
+            raise MlflowException(f"the experiment {tracking.experiment} is deleted or cannot be created")
     except Exception as error:
         raise ValueError(
-            f"MLflow store {uri} cannot be used: {_first_line(error)}; check tracking.uri or MLFLOW_TRACKING_URI"
+            f"MLflow store {shown(uri)} cannot be used: {_first_line(error)}; check tracking.uri or MLFLOW_TRACKING_URI"
         ) from None
     return client
 
 
 @dataclass(frozen=True)
 class Run:
-    """One MLflow run, written by this process alone."""
+    """One MLflow run. Only this process writes to it.
+
+    ``known`` holds the points that the run has, as {metric: {step: (value, timestamp)}}. A metric's history is read once, when it
+    is first logged; a run that is ``new`` has none.
+    """
 
     client: Any
     experiment_id: str
     run_id: str
     tags: Mapping[str, str]
+    new: bool = False
+    known: dict[str, dict[int, tuple[float, int]]] = field(default_factory=dict, compare=False, repr=False)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        self.log_rows([{"step": step, **metrics}])
+        """Log summary values. A value that differs from the run's at ``step`` replaces it on MLflow's pages."""
+        now, points = _now(), []
+        for name, value in metrics.items():
+            former = self._points(name).get(step)
+            if former is None:
+                points.append((name, float(value), now, step))
+            elif not _same(former[0], float(value)):
+                points.append((name, float(value), max(now, former[1] + 1), step))  # the latest timestamp is shown
+        self._log(points)
 
     def log_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Log rows of metrics, each with its ``step``; a point that the run already has is not logged again."""
-        from mlflow.entities import Metric
-
-        names = sorted({name for row in rows for name in row if name != "step"})
-        known = {name: {point.step for point in self.client.get_metric_history(self.run_id, name)} for name in names}
-        now = int(time.time() * 1000)
-        metrics = [
-            Metric(name, float(value), now, int(row["step"]))
-            for row in rows
-            for name, value in row.items()
-            if name != "step" and int(row["step"]) not in known[name]
-        ]
-        for start in range(0, len(metrics), METRICS_A_CALL):
-            chunk = metrics[start : start + METRICS_A_CALL]
-            _retry(partial(self.client.log_batch, self.run_id, metrics=chunk))
+        """Log rows of metrics, each with its ``step``. Skips the points that the run already has."""
+        now = _now()
+        self._log(
+            [
+                (name, float(value), now, int(row["step"]))
+                for row in rows
+                for name, value in row.items()
+                if name != "step" and int(row["step"]) not in self._points(name)
+            ]
+        )
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         _retry(lambda: self.client.log_artifact(self.run_id, str(path), folder))
@@ -107,31 +140,46 @@ class Run:
         _retry(lambda: self.client.set_terminated(self.run_id, status))
 
     def child(self, name: str, params: Mapping[str, Any]) -> Run:
-        """The nested run of that name: found again where this run has it already."""
-        tags = {**self.tags, KEY_TAG: f"{self.tags[KEY_TAG]}/{name}", "mlflow.parentRunId": self.run_id}
-        return _open(self.client, self.experiment_id, name, tags, params)
+        """Create the nested run of that name, or continue it if this run already has one with these params."""
+        tags = {**self.tags, KEY_TAG: f"{self.tags[KEY_TAG]}/{name}", PARENT_TAG: self.run_id}
+        return _open(self.client, self.experiment_id, name, tags, params, {PARENT_TAG: self.run_id})
+
+    def _points(self, name: str) -> dict[int, tuple[float, int]]:
+        if name not in self.known:
+            history = [] if self.new else _retry(lambda: self.client.get_metric_history(self.run_id, name))
+            in_order = sorted(history, key=lambda point: (point.timestamp, point.value))
+            self.known[name] = {point.step: (point.value, point.timestamp) for point in in_order}
+        return self.known[name]
+
+    def _log(self, points: Sequence[tuple[str, float, int, int]]) -> None:
+        from mlflow.entities import Metric
+
+        for start in range(0, len(points), METRICS_PER_CALL):
+            chunk = points[start : start + METRICS_PER_CALL]
+            _retry(partial(self.client.log_batch, self.run_id, metrics=[Metric(*point) for point in chunk]))
+            for name, value, timestamp, step in chunk:
+                self.known[name][step] = (value, timestamp)
 
 
 @contextmanager
-def stage_run(params: Params, stage: str, key: str, data_hash: str) -> Iterator[Run]:
-    """The run of this stage and fingerprint: made, or continued. It ends as FINISHED, FAILED, or KILLED on an interrupt.
+def stage_run(
+    tracking: TrackingRun, stage: str, key: str, *, settings: Mapping[str, Any], tags: Mapping[str, str]
+) -> Iterator[Run]:
+    """Create the run of this stage, key and settings, or continue it. It ends as FINISHED, FAILED, or KILLED on an interrupt.
 
-    Runs of this stage that an earlier process left RUNNING here are ended as KILLED: the caller holds the stage's lock.
+    ``settings`` are the flat settings that the stage used; they become the run's params and params.json. ``tags`` describe the
+    inputs and the machine (``rediffuse.data_hash``); the commit is added. Runs of this stage that an earlier process left RUNNING
+    here end as KILLED, because the caller holds the stage's lock.
     """
-    client = connect(params.tracking)
-    experiment_id = client.get_experiment_by_name(params.tracking.experiment).experiment_id
+    client = connect(tracking)
+    report_changed_store(tracking)
+    experiment_id = client.get_experiment_by_name(tracking.experiment).experiment_id
     workspace = workspace_id()
-    tags = {
-        KEY_TAG: f"{workspace}/{stage}/{key}",
-        STAGE_TAG: stage,
-        WORKSPACE_TAG: workspace,
-        "rediffuse.fingerprint": key,
-        "rediffuse.data_hash": data_hash,
-        **_git_tags(),
-    }
-    _end_abandoned(client, experiment_id, workspace, stage, tags[KEY_TAG])
-    run = _open(client, experiment_id, stage, tags, stage_params(stage, params))
-    run.log_dict(params.model_dump(by_alias=True), "params.json")
+    identity = {KEY_TAG: f"{workspace}/{stage}/{key}", STAGE_TAG: stage, WORKSPACE_TAG: workspace}
+    everything = {**identity, "rediffuse.fingerprint": key, **_git_tags(), **tags}
+    run = _open(client, experiment_id, stage, everything, settings, tags)
+    _end_abandoned(run, workspace, stage)
+    run.log_dict(dict(settings), "params.json")
     try:
         yield run
     except (KeyboardInterrupt, SystemExit):
@@ -140,40 +188,102 @@ def stage_run(params: Params, stage: str, key: str, data_hash: str) -> Iterator[
     except BaseException:
         _end_with_children(run, "FAILED")
         raise
-    _end_children(run, "KILLED")  # one that is still open was cut off by a kill and never taken up again
+    _end_children(run, "KILLED")  # a kill cut it off, and this process did not continue it
     run.finish()
 
 
 def find_runs(client: Any, experiment_id: str, tags: Mapping[str, str]) -> list[Any]:
-    """The runs that carry all these tags, the oldest first."""
+    """Return the runs that carry all these tags, the oldest first."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     return _retry(
         lambda: client.search_runs([experiment_id], query, order_by=["attributes.start_time ASC"], max_results=1000)
     )
 
 
-def _open(client: Any, experiment_id: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> Run:
+def changed_store(tracking: TrackingRun) -> str | None:
+    """Return one line that says where the earlier runs and champions are if the stores have changed, else None."""
+    if not LAST_STORES.exists():
+        return None
+    former, now = read_json(LAST_STORES), _stores(tracking)
+    lines = []
+    for kind, what, setting in (
+        ("tracking", "runs", "tracking.uri"),
+        ("registry", "champions", "tracking.uri or MLFLOW_REGISTRY_URI"),
+    ):
+        if former.get(kind) not in (None, now[kind]):
+            lines.append(f"{what} now go to {now[kind]}, the earlier {what} are in {former[kind]} (see {setting})")
+    return f"the MLflow store has changed: {'; '.join(lines)}" if lines else None
+
+
+def report_changed_store(tracking: TrackingRun) -> None:
+    """Log once that the stores have changed, and remember the new ones in runs/."""
+    changed = changed_store(tracking)
+    if changed:
+        log.warning("%s", changed)
+    if changed or not LAST_STORES.exists():
+        write_json(LAST_STORES, _stores(tracking))
+
+
+def shown(uri: str) -> str:
+    """Return a store's address without credentials, and relative to the project if it is a file in it."""
+    parts = urlsplit(uri)
+    if parts.scheme.startswith("sqlite"):
+        path = Path(uri.partition(":///")[2])
+        inside = path.resolve().is_relative_to(Path.cwd())
+        return f"{parts.scheme}:///{path.resolve().relative_to(Path.cwd()) if inside else path}"
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _stores(tracking: TrackingRun) -> dict[str, str]:
+    return {"tracking": shown(tracking_uri(tracking)), "registry": shown(registry_uri(tracking))}
+
+
+def _is_databricks(uri: str) -> bool:
+    return uri.partition(":")[0] in ("databricks", "databricks-uc")
+
+
+def _open(
+    client: Any,
+    experiment_id: str,
+    name: str,
+    tags: Mapping[str, str],
+    params: Mapping[str, Any],
+    current: Mapping[str, str],
+) -> Run:
+    """Create or continue the run of this key. A run with other params is not continued, because MLflow cannot change a param.
+
+    ``current`` are the tags that a continued run takes over; the others keep the values of its start.
+    """
     from mlflow.entities import Param
 
-    found = find_runs(client, experiment_id, {KEY_TAG: tags[KEY_TAG]})
+    values = {key: str(value)[:LONGEST_PARAM] for key, value in params.items()}
+    identity = {key: tags[key] for key in (KEY_TAG, PARENT_TAG) if key in tags}
+    found = [
+        run
+        for run in find_runs(client, experiment_id, identity)
+        if all(values.get(key, value) == value for key, value in run.data.params.items())
+    ]
     if found:
-        run_id = found[0].info.run_id
+        run_id, known = found[0].info.run_id, found[0].data.params
         if found[0].info.status != "RUNNING":
             _retry(lambda: client.update_run(run_id, status="RUNNING"))
     else:
         run_id = _retry(lambda: client.create_run(experiment_id, run_name=name, tags=dict(tags))).info.run_id
-    known = found[0].data.params if found else {}
-    missing = [Param(key, str(value)[:6000]) for key, value in params.items() if key not in known]
-    for start in range(0, len(missing), 100):
-        chunk = missing[start : start + 100]
-        _retry(partial(client.log_batch, run_id, params=chunk))
-    return Run(client, experiment_id, run_id, dict(tags))
+        known = {}
+    missing = [Param(key, value) for key, value in values.items() if key not in known]
+    for start in range(0, len(missing), PARAMS_PER_CALL):
+        _retry(partial(client.log_batch, run_id, params=missing[start : start + PARAMS_PER_CALL]))
+    run = Run(client, experiment_id, run_id, dict(tags), new=not found)
+    if found:
+        run.set_tags({key: value for key, value in current.items() if found[0].data.tags.get(key) != value})
+    return run
 
 
-def _end_abandoned(client: Any, experiment_id: str, workspace: str, stage: str, key: str) -> None:
-    for run in find_runs(client, experiment_id, {WORKSPACE_TAG: workspace, STAGE_TAG: stage}):
-        if run.info.status == "RUNNING" and not run.data.tags[KEY_TAG].startswith(key):
-            client.set_terminated(run.info.run_id, "KILLED")
+def _end_abandoned(current: Run, workspace: str, stage: str) -> None:
+    for run in find_runs(current.client, current.experiment_id, {WORKSPACE_TAG: workspace, STAGE_TAG: stage}):
+        own = current.run_id in (run.info.run_id, run.data.tags.get(PARENT_TAG))
+        if run.info.status == "RUNNING" and not own:
+            current.client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _end_with_children(run: Run, status: str) -> None:
@@ -185,22 +295,29 @@ def _end_with_children(run: Run, status: str) -> None:
 
 
 def _end_children(run: Run, status: str) -> None:
-    for child in find_runs(run.client, run.experiment_id, {"mlflow.parentRunId": run.run_id}):
+    for child in find_runs(run.client, run.experiment_id, {PARENT_TAG: run.run_id}):
         if child.info.status == "RUNNING":
             run.client.set_terminated(child.info.run_id, status)
 
 
 def _git_tags() -> dict[str, str]:
+    """Return the commit; ``git_commit`` ends in -dirty if a tracked file differs from it.
+
+    What the pipeline writes itself (metrics, plots, dvc.lock) does not count, else every run of `dvc repro` would be dirty.
+    """
+
     def git(*arguments: str) -> str:
         result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
         return result.stdout.strip() if result.returncode == 0 else ""
 
     commit = git("rev-parse", "HEAD") or "unknown"
-    return {"mlflow.source.git.commit": commit, "git_commit": commit}
+    written = [f":(exclude){path}" for path in (METRICS, PLOTS, "dvc.lock")]
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    return {"mlflow.source.git.commit": commit, "git_commit": f"{commit}-dirty" if dirty else commit}
 
 
 def _retry(call: Callable[[], T], attempts: int = 5) -> T:
-    """A store that is locked or restarting for a moment is asked again."""
+    """Call again if a store is locked or restarting."""
     from mlflow.exceptions import MlflowException, RestException
 
     for attempt in range(attempts):
@@ -213,6 +330,14 @@ def _retry(call: Callable[[], T], attempts: int = 5) -> T:
                 raise
             time.sleep(0.2 * 2**attempt)
     raise AssertionError
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,16 +18,19 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
-COPIED = ("pipelines", "diffusion_core", "dvc.yaml", "params.yaml", "preset", "budget", ".dvcignore")
+COPIED = ("pipelines", "diffusion_core", "dvc.yaml", "params.yaml", "run.yaml", "run", "preset", "budget", ".dvcignore")
+PARAMS_READ = "runs/params_read.txt"
+SMOKE_RUN = {"train": {"log_every": 2, "checkpoint_every": 12, "sample_every": 24}}
+"""run.yaml of test projects: few checkpoints, because each report to Ray Train takes half a second."""
 
 
 def merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Put nested changes into a tree of params; a dotted key reaches down."""
+    """Put nested changes into a tree of settings; a dotted key reaches down."""
     for key, value in changes.items():
         *parents, last = key.split(".")
         inner = tree
         for parent in parents:
-            inner = inner[parent]
+            inner = inner.setdefault(parent, {})
         if isinstance(value, Mapping) and isinstance(inner.get(last), dict):
             merge(inner[last], value)
         else:
@@ -41,7 +44,7 @@ class Project:
     folder: Path
 
     def environment(self, **more: str) -> dict[str, str]:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "REDIFFUSE_"))}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         environment["GIT_CONFIG_GLOBAL"] = os.devnull
         return {**environment, **more}
@@ -57,8 +60,16 @@ class Project:
         with open(self.folder / "params.yaml", "w", encoding="utf-8") as file:
             YAML().dump(tree, file)
 
+    def change_run(self, **changes: Any) -> None:
+        """Change run.yaml in the same way."""
+        path = self.folder / "run.yaml"
+        tree = YAML(typ="safe").load(path) or {}
+        merge(tree, {key.replace("__", "."): value for key, value in changes.items()})
+        with open(path, "w", encoding="utf-8") as file:
+            YAML().dump(tree, file)
+
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
-        """Start a command in a session of its own, its output in a file that ``output`` reads."""
+        """Start a command in its own session, with its output in a file that ``output`` reads."""
         log = open(self.folder / "command.log", "a+", encoding="utf-8")  # noqa: SIM115
         return subprocess.Popen(
             command,
@@ -71,7 +82,7 @@ class Project:
         )
 
     def run(self, *command: str, check: bool = True, timeout: float = 600, **environment: str) -> str:
-        """Run a command to its end; returns its output."""
+        """Run a command to its end and return its output."""
         result = subprocess.run(
             command,
             cwd=self.folder,
@@ -100,8 +111,8 @@ class Project:
         self.run("git", "-c", "user.name=t", "-c", "user.email=t@t.invalid", "commit", "-qm", "state")
 
 
-def make_project(folder: Path, **changes: Any) -> Project:
-    """A project with the smoke budget and these changes of its params, under git and DVC."""
+def make_project(folder: Path, *, run: Mapping[str, Any] | None = None, **changes: Any) -> Project:
+    """A project with the smoke budget and these changes of params.yaml and run.yaml, under git and DVC."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         source = ROOT / name
@@ -121,6 +132,10 @@ def make_project(folder: Path, **changes: Any) -> Project:
     merge(tree, {key.replace("__", "."): value for key, value in changes.items()})
     with open(folder / "params.yaml", "w", encoding="utf-8") as file:
         YAML().dump(tree, file)
+    with open(folder / "run.yaml", "w", encoding="utf-8") as file:
+        run_tree = {section: dict(values) for section, values in SMOKE_RUN.items()}
+        merge(run_tree, run or {})
+        YAML().dump(run_tree, file)
     project.run("git", "init", "-q", "-b", "main")
     project.commit()
     return project
@@ -136,9 +151,9 @@ def project(tmp_path: Path) -> Iterator[Project]:
 
 @pytest.fixture(scope="session")
 def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """A project whose whole pipeline has been run once. Tests that change it must work on `copy_project`."""
+    """A project whose whole pipeline has been run once. Tests that change it must use `copied_project`."""
     made = make_project(tmp_path_factory.mktemp("finished") / "project")
-    made.repro()
+    made.repro(REDIFFUSE_PARAMS_READ=str(made.folder / PARAMS_READ))
     made.commit()
     yield made
     kill_everything(made)
@@ -155,7 +170,7 @@ def copied_project(finished_project: Project, tmp_path: Path) -> Iterator[Projec
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str, project: Project | None = None) -> Any:
-    """Poll until the condition gives something true. Fails, with the project's output, after ``seconds``."""
+    """Poll until the condition is true and return its value. Fail with the project's output after ``seconds``."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = condition()
@@ -166,7 +181,7 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str, project:
 
 
 def processes_of(project: Project) -> list[int]:
-    """Every process that works in the project, or was started by one that does: stages, Ray's own, and workers."""
+    """Every process whose working directory is in the project: stages, Ray's own processes, and workers."""
     import psutil
 
     found = []
@@ -181,7 +196,7 @@ def processes_of(project: Project) -> list[int]:
 
 
 def kill_everything(project: Project) -> None:
-    """SIGKILL to all processes of the project, until none is left."""
+    """Send SIGKILL to all processes of the project until none is left."""
     for _ in range(50):
         pids = processes_of(project)
         for pid in pids:

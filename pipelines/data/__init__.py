@@ -1,1 +1,1 @@
-"""Sources of images, their preparation into shards, and how shards are read."""
+"""The prepared data set: shards, manifest and listing, read by every later stage."""

@@ -21,7 +21,7 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the data set holds. ``shape`` is (H, W, C); ``shards`` names each split's files, in order."""
+    """Contents of the data set. ``shape`` is (H, W, C); ``shards`` names the files of each split, in order."""
 
     counts: Mapping[str, int]
     class_counts: Mapping[str, Sequence[int]]
@@ -36,7 +36,7 @@ class Manifest:
 def write_shards(
     folder: Path, split: str, chunks: Iterable[tuple[np.ndarray, np.ndarray]], shard_size: int
 ) -> list[dict[str, Any]]:
-    """Write (images (n, H, W, C) uint8, labels (n,) int64) chunks as shards of ``shard_size``; returns their descriptions."""
+    """Write (images (n, H, W, C) uint8, labels (n,) int64) chunks as shards of ``shard_size``. Returns their descriptions."""
     described = []
     for number, (images, labels) in enumerate(_rechunk(chunks, shard_size)):
         entry: dict[str, Any] = {"count": len(images)}
@@ -51,7 +51,7 @@ def write_shards(
 
 
 def write_manifest(folder: Path, **fields: Any) -> Manifest:
-    """Write manifest.json; its content hash covers the shards, the classes, the shape and the transform."""
+    """Write manifest.json. Its content hash covers the shards, the classes, the shape and the transform."""
     identity = {key: fields[key] for key in ("shape", "class_names", "transform", "shards")}
     content_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     write_json(folder / "manifest.json", {"version": MANIFEST_VERSION, **fields, "content_hash": content_hash})
@@ -59,7 +59,7 @@ def write_manifest(folder: Path, **fields: Any) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check manifest.json. Raises ValueError that names what is missing or wrong."""
+    """Read and check manifest.json. Raises ValueError, with the missing or wrong entry, if it does not fit."""
     path = folder / "manifest.json"
     remedy = "run the prepare stage again (dvc repro -f prepare)"
     tree = read_json(path)
@@ -100,7 +100,7 @@ class ImageSplit:
         return len(self.labels)
 
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) uint8 images (channels last in memory) and (B,) int64 labels of these indices, in this order."""
+        """Return (B, C, H, W) uint8 images (channels last in memory) and (B,) int64 labels, in the order of ``indices``."""
         height, width, channels = self.shards[0].shape[1:]
         images = np.empty((len(indices), height, width, channels), dtype=np.uint8)
         which = np.searchsorted(self.starts, indices, side="right") - 1
@@ -110,13 +110,13 @@ class ImageSplit:
         return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in order, in batches."""
+        """Yield all images and labels in order, in batches."""
         for start in range(0, len(self), batch_size):
             yield self.gather(np.arange(start, min(start + batch_size, len(self))))
 
 
 def open_split(folder: Path, split: str) -> ImageSplit:
-    """Map a split's shards. Raises ValueError where a file is missing or does not match the manifest."""
+    """Map a split's shards into memory. Raises ValueError if a file is missing or does not match the manifest."""
     manifest = read_manifest(folder)
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []

@@ -1,1 +1,1 @@
-"""The distributed sweep over sampler settings."""
+"""The sweep over sampler settings: its rows, pictures and figures."""

@@ -1,4 +1,4 @@
-"""Figures of the sweep: the heat map of FID, the Pareto front, and the picture of all grids."""
+"""Figures of the sweep: the heat map of FID, and FID against speed with the Pareto front."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipelines.evaluation.sweep import Row, pareto_front
+from pipelines.measurement.floor import Floor
 
 
-def heat_map(rows: Sequence[Row], metric: str, floor: float, path: Path) -> None:
-    """FID over eta (rows) and steps (columns), its value in each cell; the colour is on a logarithmic scale."""
+def heat_map(rows: Sequence[Row], metric: str, floor: Floor, path: Path) -> None:
+    """Draw FID over eta (rows) and steps (columns) with the value in each cell. The colour scale is logarithmic."""
     etas = list(dict.fromkeys(row.settings.eta for row in rows))
     steps = sorted({row.settings.steps for row in rows})
     values = np.full((len(etas), len(steps)), np.nan)
     for row in rows:
         values[etas.index(row.settings.eta), steps.index(row.settings.steps)] = row.fid
-    figure = Figure(figsize=(1.6 + 1.1 * len(steps), 1.4 + 0.6 * len(etas)), layout="constrained")
+    figure = Figure(figsize=(1.9 + 1.1 * len(steps), 1.6 + 0.6 * len(etas)), layout="constrained")
     axes = figure.subplots()
     shades = np.log10(np.maximum(values, 1e-6))
     picture = axes.imshow(shades, cmap="viridis_r", aspect="auto")
@@ -31,18 +32,26 @@ def heat_map(rows: Sequence[Row], metric: str, floor: float, path: Path) -> None
     axes.set_yticks(range(len(etas)), [_eta(eta) for eta in etas])
     axes.set_xlabel("DDIM steps")
     axes.set_ylabel("eta")
-    axes.set_title(f"{metric}, floor {floor:.3g}", fontsize=10)
+    axes.set_title(f"{metric}\n{floor_label(floor)}: {floor.value:.3g}", fontsize=9)
     figure.colorbar(picture, ax=axes, label="log10 FID")
     _save(figure, path)
 
 
-def pareto_plot(rows: Sequence[Row], metric: str, floor: float, path: Path) -> None:
-    """FID against sampling speed of one worker; the settings that no other beats in both are joined."""
+def pareto_plot(rows: Sequence[Row], metric: str, floor: Floor, path: Path) -> None:
+    """Draw FID, with its error, against the sampling speed of one worker. A line joins the settings of the Pareto front."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for eta in dict.fromkeys(row.settings.eta for row in rows):
         own = [row for row in rows if row.settings.eta == eta]
-        axes.plot([r.images_per_s for r in own], [r.fid for r in own], "o", alpha=0.75, label=f"eta {_eta(eta)}")
+        axes.errorbar(
+            [r.images_per_s for r in own],
+            [r.fid for r in own],
+            yerr=[r.fid_error or 0.0 for r in own],
+            fmt="o",
+            alpha=0.75,
+            elinewidth=1,
+            label=f"eta {_eta(eta)}",
+        )
     front = sorted(
         (row for row, best in zip(rows, pareto_front(rows), strict=True) if best), key=lambda row: row.images_per_s
     )
@@ -51,13 +60,26 @@ def pareto_plot(rows: Sequence[Row], metric: str, floor: float, path: Path) -> N
         axes.annotate(
             f"{row.settings.steps}", (row.images_per_s, row.fid), textcoords="offset points", xytext=(5, 5), fontsize=8
         )
-    axes.axhline(floor, color="grey", linestyle=":", label="floor: real test images")
+    axes.axhline(floor.value, color="grey", linestyle=":", label=floor_label(floor))
+    if floor.error is not None:
+        axes.axhspan(
+            max(floor.value - floor.error, 1e-9), floor.value + floor.error, color="grey", alpha=0.15, linewidth=0
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("images/s of one worker (numbers: steps)")
+    smallest = min([row.fid for row in rows] + ([floor.value] if floor.value > 0 else []))
+    axes.set_ylim(bottom=max(smallest / 2, 1e-9))
+    axes.set_xlabel("images/s per worker (numbers: steps)")
     axes.set_ylabel(metric)
     axes.legend(fontsize=8)
     _save(figure, path)
+
+
+def floor_label(floor: Floor) -> str:
+    """Return what the floor is, with its counts."""
+    if floor.extrapolated:
+        return f"floor: {floor.num_samples} real images, extrapolated from {floor.num_images}"
+    return f"floor: {floor.num_samples} of {floor.num_images} real test images"
 
 
 def _eta(eta: object) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 COMPARED = ("data_hash", "metric", "extractor_digest", "num_samples", "spacing", "guidance_scale", "eta", "steps")
-"""What must be the same for two figures to be compared: data, extractor, sample count and sampler."""
+"""What must agree before two figures are compared: data, extractor, sample count and sampler."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,14 @@ class Verdict:
 
 
 def differences(candidate: Mapping[str, Any], champion: Mapping[str, Any]) -> list[str]:
-    """The keys of `COMPARED` in which two measurements differ; values are compared as text, as tags hold them."""
+    """Return the keys of `COMPARED` in which two measurements differ. Values are compared as text, as tags hold them."""
     return [key for key in COMPARED if str(candidate.get(key)) != str(champion.get(key))]
 
 
 def judge(candidate: Mapping[str, Any], champion: Mapping[str, Any] | None) -> Verdict:
-    """Compare two measurements (``fid`` and `COMPARED`); the champion's is None where there is no champion.
+    """Compare two measurements: ``fid``, ``fid_error`` (one standard error, or None) and `COMPARED`. Without a champion pass None.
 
-    The alias moves only to a lower FID, measured in the same way.
+    The alias moves only to a lower FID that was measured in the same way. The errors do not change the rule; the reason states them.
     """
     if champion is None:
         return Verdict(True, "there was no champion")
@@ -34,7 +35,20 @@ def judge(candidate: Mapping[str, Any], champion: Mapping[str, Any] | None) -> V
     if different:
         return Verdict(False, f"not comparable with the champion: they differ in {', '.join(different)}")
     new, old = float(candidate["fid"]), float(champion["fid"])
+    new_error, old_error = measured_error(candidate), measured_error(champion)
     setting = f"{candidate['metric']} at eta {candidate['eta']}, {candidate['steps']} steps, {candidate['num_samples']} samples"
-    if new < old:
-        return Verdict(True, f"better than the champion: {setting}: {new:.6g} against {old:.6g}")
-    return Verdict(False, f"not better than the champion: {setting}: {new:.6g} against {old:.6g}")
+    figures = f"{setting}: {_figure(new, new_error)} against {_figure(old, old_error)}"
+    if new_error is not None and old_error is not None and abs(new - old) <= math.hypot(new_error, old_error):
+        figures += f"; the difference is within its error ({math.hypot(new_error, old_error):.2g})"
+    promoted = new < old
+    return Verdict(promoted, f"{'better' if promoted else 'not better'} than the champion: {figures}")
+
+
+def measured_error(measurement: Mapping[str, Any]) -> float | None:
+    """Return the FID's error, or None if it is unknown. Tags hold it as text."""
+    error = measurement.get("fid_error")
+    return None if error in (None, "None") else float(error)
+
+
+def _figure(fid: float, error: float | None) -> str:
+    return f"{fid:.6g}" + ("" if error is None else f" ± {error:.2g}")

@@ -12,11 +12,12 @@ import torch
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from diffusion_core.artifact import DiffusionModel
+from diffusion_core.condition_encoding import encode_classes
 from diffusion_core.generation import SamplerSettings, generate_images
 
 
 class DiffusionPyfunc(PythonModel):
-    """``predict(df, params)``: a column ``label`` (class index or class name), one row an image; returns (N, H, W, C) uint8.
+    """``predict(df, params)``: a column ``label`` (class index or class name), one row per image; returns (N, H, W, C) uint8.
 
     params: steps, eta, guidance_scale, seed. The same seed and labels give the same images.
     """
@@ -37,7 +38,7 @@ class DiffusionPyfunc(PythonModel):
             eta=float(given.get("eta", 0.0)),
             guidance_scale=float(given.get("guidance_scale", 1.0)),
         )
-        labels = self.model.class_labels(model_input["label"].tolist())
+        labels = encode_classes(model_input["label"].tolist(), self.model.class_names)
         images = generate_images(self.model, labels, torch.arange(len(labels)), settings, seed=seed)
         return images.permute(0, 2, 3, 1).numpy()
 

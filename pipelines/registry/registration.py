@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusion_core
-from pipelines.tracking import Run
+from pipelines.identity import closure_digest
+from pipelines.tracking import Run, shown
 
+T = TypeVar("T")
 ALIAS = "champion"
 DIGEST_TAG = "rediffuse.model_digest"
+CODE_TAG = "rediffuse.code_digest"
 PREFIX = "rediffuse."
 REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "safetensors")
+MISSING = "RESOURCE_DOES_NOT_EXIST"
 
 
-def find_version(client: Any, name: str, digest: str) -> Any | None:
-    """The version that holds these weights already, if one is whole."""
-    found = client.search_model_versions(f"name = '{name}'", max_results=1000)
-    own = [version for version in found if version.tags.get(DIGEST_TAG) == digest and version.status == "READY"]
+def code_digest() -> str:
+    """Return the SHA-256 of the code that a version runs: the pyfunc and what it imports from diffusion_core.
+
+    A version ships all of diffusion_core. Modules that the pyfunc does not import (editing, metrics) make no new version.
+    """
+    from pipelines.registry.pyfunc_model import DiffusionPyfunc
+
+    return closure_digest(DiffusionPyfunc)
+
+
+def find_version(client: Any, name: str, digest: str, code: str) -> Any | None:
+    """Return the first complete version with these weights and this code, or None."""
+    found = _ask(lambda: client.search_model_versions(f"name = '{name}'", max_results=1000))
+    wanted = {DIGEST_TAG: digest, CODE_TAG: code}
+    own = [version for version in found if wanted.items() <= version.tags.items() and version.status == "READY"]
     return min(own, key=lambda version: int(version.version)) if own else None
 
 
-def create_version(run: Run, name: str, model_dir: Path, digest: str, image_shape: tuple[int, int, int]) -> Any:
-    """Log the model as a pyfunc into ``run`` and register it. Its code travels with it; nothing is pickled."""
+def create_version(
+    run: Run, name: str, model_dir: Path, digest: str, code: str, image_shape: tuple[int, int, int]
+) -> Any:
+    """Log the model as a pyfunc into ``run`` and register it. The code ships with the model; nothing is pickled."""
     import mlflow
     import numpy as np
     import pandas as pd
@@ -56,11 +73,10 @@ def create_version(run: Run, name: str, model_dir: Path, digest: str, image_shap
             pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in REQUIREMENTS],
         )
     run.client.update_run(run.run_id, status="RUNNING")
-    if not run.client.search_registered_models(f"name = '{name}'"):
+    if _registered_model(run.client, name) is None:
         run.client.create_registered_model(name)
-    return run.client.create_model_version(
-        name, info.model_uri, run.run_id, tags={DIGEST_TAG: digest}, model_id=info.model_id
-    )
+    tags = {DIGEST_TAG: digest, CODE_TAG: code}
+    return run.client.create_model_version(name, info.model_uri, run.run_id, tags=tags, model_id=info.model_id)
 
 
 def record(client: Any, name: str, version: str, measurement: Mapping[str, Any]) -> None:
@@ -70,23 +86,52 @@ def record(client: Any, name: str, version: str, measurement: Mapping[str, Any])
 
 
 def recorded(version: Any) -> dict[str, str]:
-    """The measurement that a version's tags hold."""
+    """Return the measurement that a version's tags hold."""
     return {key.removeprefix(PREFIX): value for key, value in version.tags.items() if key.startswith(PREFIX)}
 
 
 def champion(client: Any, name: str) -> Any | None:
-    """The version that the alias points to, if any."""
-    from mlflow.exceptions import MlflowException
+    """Return the version that the alias points to, or None if the model or the alias does not exist.
 
-    try:
-        return client.get_model_version_by_alias(name, ALIAS)
-    except MlflowException:
+    Raises ValueError if the registry cannot tell.
+    """
+    registered = _registered_model(client, name)
+    if registered is None or ALIAS not in registered.aliases:
         return None
+    return _ask(lambda: client.get_model_version(name, registered.aliases[ALIAS]))
 
 
 def download_model(version: Any, folder: Path) -> Path:
-    """The DiffusionModel directory of a version, fetched into ``folder``."""
+    """Fetch the DiffusionModel directory of a version into ``folder``; returns its path."""
     import mlflow
 
     root = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(folder)))
     return next(path.parent for path in sorted(root.rglob("model.json")))
+
+
+def _registered_model(client: Any, name: str) -> Any | None:
+    from mlflow.exceptions import MlflowException
+
+    def find() -> Any | None:
+        try:
+            return client.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code == MISSING:
+                return None
+            raise
+
+    return _ask(find)
+
+
+def _ask(question: Callable[[], T]) -> T:
+    """Turn an error of the registry into one line: it must never read as "there is none"."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return question()
+    except MlflowException as error:
+        raise ValueError(
+            f"the model registry {shown(mlflow.get_registry_uri())} does not answer ({' '.join(str(error).split())[:200]}): "
+            "run the stage again when it does"
+        ) from None

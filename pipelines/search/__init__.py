@@ -1,1 +1,1 @@
-"""The search over training settings with Ray Tune."""
+"""The search over training settings: proposals, successive halving, and its trials on Ray Tune."""

@@ -1,196 +1,199 @@
-"""The search on Ray Tune: ASHA stops what falls behind, Optuna proposes what comes next."""
+"""The search's driver: it hands each rung of trials to Ray Tune, and reads the results from the trials' folders."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from pyarrow import fs
+
 from pipelines.cluster import is_uri
-from pipelines.params import Params
-from pipelines.search.trial import FAILED_FID, TrialWork, run_trial, trial_key
-from pipelines.stage import log
-from pipelines.tracking import Run
-from pipelines.training.settings import SEARCHED
+from pipelines.measurement.measure import jackknife_error
+from pipelines.resources import TaskPlan
+from pipelines.search.halving import Proposer, search
+from pipelines.search.records import Choice, Trial, TrialResult
+from pipelines.search.worker import TrialFolder, TrialWork, run_rung
+from pipelines.stage import describe_error, log
 
-EXPERIMENT = "search"
+TUNE_RUN = "tune"
+"""The folder of Ray Tune's own files, beside the trials; removed after each rung."""
 
 
-def run_search(params: Params, work: TrialWork, state_dir: Path, run: Run) -> list[dict[str, Any]]:
-    """All trials' results: a row each with its settings, the last ``step`` and the ``fid`` there. Finished trials are not run again.
+def run_search(
+    proposer: Proposer,
+    work: TrialWork,
+    plan: TaskPlan,
+    *,
+    num_trials: int,
+    rungs: Sequence[int],
+    reduction_factor: int,
+    on_result: Callable[[Choice, TrialResult], None],
+    trainable: Callable[..., None] = run_rung,
+) -> list[Trial]:
+    """Search with Ray Tune and return all trials. A rung's result that a trial's folder has already is not computed again.
 
-    Raises ValueError where no trial gave a usable model.
+    ``trainable(config, work)`` judges one trial at one rung, see `run_rung`. ``on_result`` gets each result once, in this process, as soon as it is there. Raises ValueError if a trial fails more than
+    ``plan.max_retries`` times, or all trials diverge.
     """
-    import optuna
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.optuna import OptunaSearch
+    judge = _Judge(work, plan, trainable, on_result, _Progress(num_trials, rungs, reduction_factor))
+    trials = search(proposer, judge, num_trials=num_trials, rungs=rungs, reduction_factor=reduction_factor)
+    if all(trial.result.diverged for trial in trials):
+        raise ValueError(
+            "no trial of the search gave a usable model, every trial diverged: narrow tune.space, its learning_rate above all"
+        )
+    return trials
 
-    settings = params.tune
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = (
-        f"{params.ray.storage.rstrip('/')}/tune/{state_dir.name}" if is_uri(params.ray.storage) else str(state_dir)
-    )
-    resources = {"cpu": float(settings.cpus_per_trial)}
-    if settings.gpus_per_trial:
-        resources["gpu"] = float(settings.gpus_per_trial)
-    trainable = tune.with_resources(partial(run_trial, work=work), resources)
-    path = f"{storage}/{EXPERIMENT}"
-    tuner = None
-    if tune.Tuner.can_restore(path):
-        try:
-            tuner = tune.Tuner.restore(path, trainable=trainable, resume_unfinished=True, resume_errored=True)
-            log.info("going on with the search in %s", state_dir)
-        except Exception as error:
-            log.warning("the search's state is torn (%s): it starts again", " ".join(str(error).split())[:200])
-    if tuner is None:
-        space = settings.space
-        low, high = space.learning_rate
-        low, high = float(low), float(high)
+
+class _Judge:
+    """Judges choices at a rung with one run of Ray Tune."""
+
+    def __init__(
+        self,
+        work: TrialWork,
+        plan: TaskPlan,
+        trainable: Callable[..., None],
+        on_result: Callable[[Choice, TrialResult], None],
+        progress: _Progress,
+    ) -> None:
+        self.work, self.plan, self.trainable, self.on_result, self.progress = work, plan, trainable, on_result, progress
+
+    def __call__(self, choices: Sequence[Choice], step: int) -> list[TrialResult]:
+        results = {choice: result for choice in choices if (result := self._stored(choice, step)) is not None}
+        self.progress.begin(step, len(choices), len(results))
+        if results:
+            log.info(
+                "resuming the search: %d of %d trials are judged at step %d already", len(results), len(choices), step
+            )
+        for choice, result in results.items():
+            self.on_result(choice, result)
+
+        def arrived(choice: Choice) -> None:
+            result = self._stored(choice, step)
+            if result is not None and choice not in results:
+                results[choice] = result
+                log.info("%s: %s", choice, self.progress.add(result))
+                self.on_result(choice, result)
+
+        missing = [choice for choice in choices if choice not in results]
+        if missing:
+            error = self._run_tune(missing, step, arrived)
+            for choice in missing:
+                arrived(choice)
+            if error is not None or len(results) < len(choices):
+                failed = next(choice for choice in choices if choice not in results)
+                raise ValueError(
+                    f"{failed} failed at step {step} after {self.plan.max_retries} retries "
+                    f"({describe_error(error)[-300:] if error else 'it left no result'}); run the stage again to resume"
+                ) from error
+        return [results[choice] for choice in choices]
+
+    def _stored(self, choice: Choice, step: int) -> TrialResult | None:
+        return TrialFolder(self.work.storage, choice).result(step)
+
+    def _run_tune(
+        self, choices: Sequence[Choice], step: int, on_complete: Callable[[Choice], None]
+    ) -> BaseException | None:
+        """Run one trial of Ray Tune per choice, up to ``step``; return the error of a trial that failed for good."""
+        from ray import tune
+
+        resources = {"cpu": self.plan.cpus}
+        if self.plan.gpus:
+            resources["gpu"] = self.plan.gpus
+        self._remove_tune_files()
         tuner = tune.Tuner(
-            trainable,
-            param_space={
-                "schedule": tune.choice(list(space.schedule)),
-                "objective": tune.choice(list(space.objective)),
-                "weighting": tune.choice(list(space.weighting)),
-                "learning_rate": tune.loguniform(low, high) if low < high else tune.choice([low]),
-            },
+            tune.with_resources(partial(self.trainable, work=self.work), resources),
+            param_space={"choice": tune.grid_search([asdict(choice) for choice in choices]), "rung": step},
             tune_config=tune.TuneConfig(
-                metric="fid",
-                mode="min",
-                num_samples=settings.num_trials,
-                max_concurrent_trials=settings.max_concurrent,
-                search_alg=OptunaSearch(
-                    points_to_evaluate=_first_points(params), sampler=optuna.samplers.TPESampler(seed=params.seed + 1)
-                ),
-                scheduler=ASHAScheduler(
-                    time_attr="step",
-                    max_t=settings.steps,
-                    grace_period=settings.grace_steps,
-                    reduction_factor=settings.reduction_factor,
-                ),
+                max_concurrent_trials=self.plan.max_concurrent,
+                reuse_actors=True,
+                trial_name_creator=_name_of,
+                trial_dirname_creator=_name_of,
             ),
             run_config=tune.RunConfig(
-                name=EXPERIMENT,
-                storage_path=storage,
+                name=TUNE_RUN,
+                storage_path=self.work.storage,
                 verbose=0,
-                callbacks=[trial_logger(params, run)],
-                failure_config=tune.FailureConfig(max_failures=2),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                callbacks=[_callback(on_complete)],
+                failure_config=tune.FailureConfig(max_failures=self.plan.max_retries),
             ),
         )
-    grid = tuner.fit()
-    results = [grid[index] for index in range(len(grid))]
-    rows = []
-    for result in results:
-        if result.metrics is None or "fid" not in result.metrics:
-            log.warning("a trial gave no result: %s", " ".join(str(result.error).split())[-300:])
-            continue
-        config = result.config or {}
-        chosen = {name: config[name] for name in SEARCHED}
-        rows.append(
-            {
-                "trial": trial_name(config),
-                **chosen,
-                "step": result.metrics["step"],
-                "fid": result.metrics["fid"],
-            }
-        )
-    if not any(row["fid"] < FAILED_FID for row in rows):
-        first = " ".join(str(next((r.error for r in results if r.error), "every trial's loss diverged")).split())
-        raise ValueError(
-            f"no trial of the search gave a usable model ({first[-300:]}): narrow tune.space, its learning_rate above all"
-        )
-    return sorted(rows, key=lambda row: (-row["step"], row["fid"], row["trial"]))
+        grid = tuner.fit()
+        self._remove_tune_files()
+        return next(iter(grid.errors), None)
+
+    def _remove_tune_files(self) -> None:
+        path = f"{self.work.storage.rstrip('/')}/{TUNE_RUN}"
+        filesystem, path = fs.FileSystem.from_uri(path) if is_uri(path) else (fs.LocalFileSystem(), path)
+        if filesystem.get_file_info(path).type == fs.FileType.Directory:
+            with contextlib.suppress(OSError):  # a worker of a killed search may still write there
+                filesystem.delete_dir(path)
 
 
-def trial_name(config: dict[str, Any]) -> str:
-    """What a trial is called in trials.csv and in MLflow: made from its settings, so the same in every run of the search."""
-    return f"trial-{hashlib.sha256(trial_key(config).encode()).hexdigest()[:8]}"
+class _Progress:
+    """Counts judged trials for the log lines. The time left is estimated from the training steps left."""
+
+    def __init__(self, num_trials: int, rungs: Sequence[int], reduction_factor: int) -> None:
+        self.planned: dict[int, int] = {}
+        self.added_steps: dict[int, int] = {}
+        count, before = num_trials, 0
+        for rung in rungs:
+            self.planned[rung], self.added_steps[rung] = count, rung - before
+            count, before = math.ceil(count / reduction_factor), rung
+        self.judged = dict.fromkeys(rungs, 0)
+        self.steps_left = sum(self.planned[rung] * self.added_steps[rung] for rung in rungs)
+        self.steps_done = 0
+        self.started = time.monotonic()
+
+    def begin(self, step: int, count: int, stored: int) -> None:
+        """Count the results that an earlier run stored. After the first rung, divergence may have left fewer trials than planned."""
+        if step != min(self.planned):
+            self.steps_left += (count - self.planned[step]) * self.added_steps[step]
+            self.planned[step] = count
+        self.judged[step] += stored
+        self.steps_left -= stored * self.added_steps[step]
+
+    def add(self, result: TrialResult) -> str:
+        """Count a new result and return its text."""
+        step = result.step
+        self.judged[step] += 1
+        self.steps_left -= self.added_steps[step]
+        self.steps_done += self.added_steps[step]
+        seconds = (time.monotonic() - self.started) / self.steps_done * max(self.steps_left, 0)
+        if result.diverged:
+            text = f"diverged before step {step}"
+        else:
+            text = f"FID {result.fid:.3f} +- {jackknife_error(result.leave_one_out):.3f} at step {step}"
+        eta = f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        return f"{text}; {self.judged[step]} of {self.planned[step]} judged at this rung  ETA {eta}"
 
 
-def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The best FID among the trials that went furthest: those stopped early were judged at fewer steps."""
-    furthest = max(row["step"] for row in rows if row["fid"] < FAILED_FID)
-    return min((row for row in rows if row["step"] == furthest), key=lambda row: row["fid"])
+def _name_of(trial: Any) -> str:
+    return Choice(**trial.config["choice"]).name
 
 
-def trial_logger(params: Params, run: Run) -> Any:
-    """A Tune callback that logs each trial as a child run, named by its settings: a trial that a kill cut off and that the
-    restored search starts again, under another id, goes on with its run."""
+def _callback(on_complete: Callable[[Choice], None]) -> Any:
     from ray import tune
 
-    from pipelines.tracking import connect
+    class RungCallback(tune.Callback):
+        """Ray Tune pickles callbacks with its state, which is never restored here: the copy is a plain callback."""
 
-    class TrialLogger(tune.Callback):
-        """Pickled with the search's state: it holds names, and connects when it is used."""
-
-        def __init__(self) -> None:
-            self.run: Run | None = None
-            self.where = (run.experiment_id, run.run_id, dict(run.tags))
-            self.children: dict[str, Run] = {}
-            self.total = params.tune.num_trials
-            self.tracking = params.tracking
-
-        def __getstate__(self) -> Mapping[str, Any]:
-            return {**self.__dict__, "run": None, "children": {}}
-
-        def _child(self, trial: Any, trials: list[Any]) -> Run:
-            if self.run is None:
-                experiment_id, run_id, tags = self.where
-                self.run = Run(connect(self.tracking), experiment_id, run_id, tags)
-            if trial.trial_id not in self.children:
-                alike = [other.trial_id for other in trials if other.config == trial.config]
-                name = trial_name(trial.config)
-                if len(alike) > 1:
-                    name += f"-{alike.index(trial.trial_id)}"
-                self.children[trial.trial_id] = self.run.child(name, trial.config)
-            return self.children[trial.trial_id]
-
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-        ) -> None:
-            values: dict[str, float] = {
-                name: result[name] for name in ("fid", "loss") if name in result and math.isfinite(result[name])
-            }
-            self._child(trial, trials).log_metrics(values, step=result["step"])
-            text = ", ".join(f"{name} {_short(trial.config[name])}" for name in SEARCHED)
-            done = sum(other.status == "TERMINATED" for other in trials)
-            log.info(
-                "%s (%s): FID %.3f at step %d; %d of %d trials done",
-                trial_name(trial.config),
-                text,
-                result["fid"],
-                result["step"],
-                done,
-                self.total,
-            )
+        def __reduce__(self) -> tuple[Any, ...]:
+            return tune.Callback, ()
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._child(trial, trials).finish()
+            on_complete(Choice(**trial.config["choice"]))
 
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._child(trial, trials).finish("FAILED")
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            error = trial.get_error()
+            log.warning(
+                "%s failed (%s): retrying",
+                _name_of(trial),
+                describe_error(error)[-300:] if error else "no reason given",
+            )
 
-    return TrialLogger()
-
-
-def _first_points(params: Params) -> list[dict[str, Any]]:
-    """Train's own settings, where they lie in the space: the search then never does worse than they."""
-    train, space = params.train, params.tune.space
-    point: dict[str, Any] = {
-        "schedule": train.diffusion.schedule,
-        "objective": train.diffusion.objective,
-        "weighting": train.diffusion.weighting,
-        "learning_rate": float(train.learning_rate),
-    }
-    low, high = space.learning_rate
-    inside = low <= point["learning_rate"] <= high and all(point[name] in getattr(space, name) for name in SEARCHED[:3])
-    return [point] if inside else []
-
-
-def _short(value: Any) -> str:
-    return f"{value:.2e}" if isinstance(value, float) else str(value)
+    return RungCallback()

@@ -1,1 +1,1 @@
-"""The training loop, its checkpoints and its Ray Train driver."""
+"""The training itself, shared by the train stage and the search: loop, checkpoints, settings, model."""

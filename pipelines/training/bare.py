@@ -1,4 +1,4 @@
-"""The training loop without Ray, MLflow or DVC: one process, torch alone. For benchmarks and machines that lack the rest.
+"""The training loop in one process with torch alone, without Ray, MLflow and DVC. For benchmarks and bare machines.
 
 python -m pipelines.training.bare artifacts/data --steps 200 --output model
 """
@@ -12,12 +12,14 @@ import torch
 
 from diffusion_core.networks.memory import keep_freed_memory
 from pipelines.data.shards import open_split, read_manifest
-from pipelines.training.loop import Hooks, TrainSettings, ema_model, new_state, train
+from pipelines.devices import best_precision
+from pipelines.training.loop import Hooks, TrainSettings, new_state, train
+from pipelines.training.model import ema_model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="a folder that the prepare stage wrote")
+    parser.add_argument("data", type=Path, help="the folder that the prepare stage wrote")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--channels", type=int, default=24)
@@ -27,6 +29,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the EMA model here")
     arguments = parser.parse_args()
     keep_freed_memory()
+    device = torch.device(arguments.device)
     manifest = read_manifest(arguments.data)
     settings = TrainSettings(
         seed=0,
@@ -34,7 +37,7 @@ def main() -> None:
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         warmup_steps=min(50, arguments.steps),
-        precision=arguments.precision,
+        precision=best_precision(device) if arguments.precision == "auto" else arguments.precision,
         network={
             "name": "unet",
             "image_size": manifest.shape[0],
@@ -56,9 +59,7 @@ def main() -> None:
             f"step {p.row['step']:.0f}/{arguments.steps}  loss {p.row['loss']:.4f}  {p.images_per_s:.0f} images/s  ETA {p.seconds_left:.0f} s"
         ),
     )
-    state = train(
-        settings, open_split(arguments.data, "train"), new_state(settings, torch.device(arguments.device)), hooks
-    )
+    state = train(settings, open_split(arguments.data, "train"), new_state(settings, device), hooks)
     if arguments.output:
         ema_model(settings, state, {"data_hash": manifest.content_hash, "step": state.step}).save(arguments.output)
 

@@ -14,6 +14,8 @@ from diffusion_core.storage import read_json, sync_folder, write_json
 from pipelines.training.loop import TrainState
 
 TENSORS, DESCRIPTION = "checkpoint.safetensors", "checkpoint.json"
+ORIGIN = ("torch", "device_type")
+"""Entries of the description that tell where the steps before the checkpoint ran."""
 
 
 def save_checkpoint(state: TrainState, folder: Path, key: str) -> None:
@@ -26,16 +28,22 @@ def save_checkpoint(state: TrainState, folder: Path, key: str) -> None:
             f"optimizer.{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
             for name, value in slots.items()
         }
+    tensors |= {
+        "history.losses": state.losses[: state.step].clone(),
+        "history.grad_norms": state.grad_norms[: state.step].clone(),
+    }
     path = folder / TENSORS
     save_file(tensors, path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     sync_folder(folder)
-    write_json(folder / DESCRIPTION, {"step": state.step, "key": key, "sha256": digest, "history": state.history})
+    device_type = next(state.network.parameters()).device.type
+    origin = dict(zip(ORIGIN, (str(torch.__version__), device_type), strict=True))
+    write_json(folder / DESCRIPTION, {"step": state.step, "key": key, "sha256": digest, **origin})
 
 
 def load_checkpoint(state: TrainState, folder: Path, key: str) -> None:
-    """Put the checkpoint's values into ``state``. Raises ValueError where it is torn, damaged or another run's."""
+    """Put the checkpoint's values into ``state``. Raises ValueError if it is torn, damaged or of another run."""
     description = read_json(folder / DESCRIPTION)
     content = _checked(folder, description, key)
     tensors = load(content)
@@ -48,19 +56,26 @@ def load_checkpoint(state: TrainState, folder: Path, key: str) -> None:
         like = parameters[int(index)]
         if (
             value.shape == like.shape
-        ):  # the fused optimizer walks both in memory order: the same strides as the parameter
+        ):  # the fused optimizer needs the strides of the parameter: it walks memory in order
             value = torch.empty_like(like, device="cpu").copy_(value)
         slots.setdefault(int(index), {})[slot] = value
     state.optimizer.load_state_dict({"state": slots, "param_groups": state.optimizer.state_dict()["param_groups"]})
     state.step = int(description["step"])
-    state.history = [dict(row) for row in description["history"]]
+    state.losses[: state.step] = tensors["history.losses"]
+    state.grad_norms[: state.step] = tensors["history.grad_norms"]
 
 
 def check_checkpoint(folder: Path, key: str) -> int:
-    """The step of a whole checkpoint. Raises ValueError where it is torn, damaged or another run's."""
+    """Return the step of a whole checkpoint. Raises ValueError if it is torn, damaged or of another run."""
     description = read_json(folder / DESCRIPTION)
     _checked(folder, description, key)
     return int(description["step"])
+
+
+def origin_of(folder: Path) -> dict[str, str]:
+    """Return the torch version and the device type of the process that wrote the checkpoint."""
+    description = read_json(folder / DESCRIPTION)
+    return {name: description[name] for name in ORIGIN}
 
 
 def _checked(folder: Path, description: Any, key: str) -> bytes:

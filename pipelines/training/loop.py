@@ -1,18 +1,19 @@
-"""The training loop: plain PyTorch, the same on one process, under DDP, and in a search trial.
+"""The training loop: plain PyTorch, the same in one process, under DDP, and in a search trial.
 
-Every random number is addressed by (seed, step, position in the global batch), so that a run goes on from a checkpoint
-as if it had never stopped, and does not depend on how many workers share its batches.
+Every random number is addressed by (seed, step, position in the global batch). A run therefore resumes from a checkpoint as if it
+had never stopped, and its result does not depend on the number of workers beyond the rounding of sums.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,21 +21,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from diffusion_core.artifact import DiffusionModel
 from diffusion_core.ema import EMA
-from diffusion_core.generation import to_float
+from diffusion_core.images import to_float
 from diffusion_core.losses import training_loss
 from diffusion_core.networks import build_network
 from diffusion_core.networks.conditioning import ConditionSpec
+from diffusion_core.networks.dropout import addressed_dropout
 from diffusion_core.networks.memory import best_memory_format
-from diffusion_core.noise import NoiseSource
 from diffusion_core.objectives import check_objective
+from diffusion_core.random_draws import dataset_indices, draw_training_step
 from diffusion_core.schedules import NoiseSchedule, make_schedule
+
+log = logging.getLogger("rediffuse")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """All that decides the weights. ``network`` and ``schedule`` are the configs of `build_network` and `make_schedule`."""
+    """Everything that decides the weights. ``network`` and ``schedule`` are the configs of `build_network` and `make_schedule`."""
 
     seed: int
     steps: int
@@ -44,6 +47,8 @@ class TrainSettings:
     schedule: Mapping[str, Any]
     objective: str
     weighting: str
+    precision: str
+    """fp32, or bf16 for autocast to bfloat16."""
     warmup_steps: int = 0
     decay: str = "cosine"
     weight_decay: float = 0.0
@@ -51,12 +56,11 @@ class TrainSettings:
     ema_decay: float = 0.999
     condition_dropout: float = 0.1
     horizontal_flip: bool = False
-    precision: str = "auto"
     class_names: tuple[str, ...] = ()
 
 
 class Images(Protocol):
-    """What the loop reads: `pipelines.data.shards.ImageSplit`, or anything like it."""
+    """The images that the loop reads, such as `pipelines.data.shards.ImageSplit`."""
 
     def __len__(self) -> int: ...
 
@@ -65,22 +69,27 @@ class Images(Protocol):
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds: after ``step`` optimizer steps. ``history`` has a row for each logged step."""
+    """The content of a checkpoint, after ``step`` optimizer steps.
+
+    ``losses`` and ``grad_norms`` are (steps,) float32 on the CPU: entry k belongs to optimizer step k (from 0) and is NaN before that
+    step is done. Both cover the global batch.
+    """
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA
+    losses: Tensor
+    grad_norms: Tensor
     step: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
 
 
 class TrainingDivergedError(ValueError):
-    """The loss is no longer finite; raised on every rank at the same step."""
+    """A loss, gradient norm or weight is no longer finite; raised on every rank at the same step."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A logged step: the row that goes into the history, and how fast it went."""
+    """A logged step: its row of `rows`, and the speed since the loop started."""
 
     row: Mapping[str, float]
     images_per_s: float
@@ -89,7 +98,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What happens beside the training. Each ``every`` counts steps; a hook also runs after the last step."""
+    """Callbacks of the loop. Each ``every`` counts steps; a hook also runs after the last step.
+
+    Hooks do not change the result. The order in a step is on_log, on_checkpoint, on_sample. The first two see a state that has been
+    checked to be finite. on_sample may run out of GPU memory: the loop then logs one line and continues.
+    """
 
     log_every: int = 10
     checkpoint_every: int = 100
@@ -99,23 +112,14 @@ class Hooks:
     on_sample: Callable[[TrainState], None] = lambda state: None
 
 
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast type: bf16 where asked for, or with ``auto`` where the hardware multiplies bf16 natively."""
-    if precision == "bf16" or (precision == "auto" and has_bf16(device)):
-        return torch.bfloat16
-    return torch.float32
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether this device has native bf16 arithmetic: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    capabilities = torch.cpu.get_capabilities()
-    return any(bool(capabilities.get(flag)) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+def autocast_dtype(settings: TrainSettings) -> torch.dtype:
+    """Return bfloat16 if the precision is bf16, else float32."""
+    assert settings.precision in ("fp32", "bf16"), f"the precision must be resolved, got {settings.precision}"
+    return torch.bfloat16 if settings.precision == "bf16" else torch.float32
 
 
 def learning_rate_at(settings: TrainSettings, step: int) -> float:
-    """Learning rate of optimizer step ``step`` (from 0): linear warm-up, then constant, or a half cosine down to 0."""
+    """Return the learning rate of optimizer step ``step`` (from 0): linear warm-up, then constant or a half cosine down to 0."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     if settings.decay == "constant":
@@ -124,17 +128,37 @@ def learning_rate_at(settings: TrainSettings, step: int) -> float:
     return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
+def rows(settings: TrainSettings, state: TrainState, every: int) -> list[dict[str, float]]:
+    """Return the history as rows of step, loss, learning_rate and grad_norm: one per ``every`` steps, and one for the last step.
+
+    The loss is the mean since the row before; learning rate and gradient norm are those of the row's step.
+    """
+    ends = list(range(every, state.step + 1, every))
+    if state.step == settings.steps and state.step % every:
+        ends.append(state.step)
+    return [_row(settings, state, end, every) for end in ends]
+
+
 def new_state(settings: TrainSettings, device: torch.device) -> TrainState:
-    """The state before the first step: weights drawn from the seed, on the CPU, so that they are the same everywhere."""
+    """Return the state before the first step. The weights are drawn from the seed on the CPU, so they are the same on any device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = build_network(settings.network)
-    memory_format = best_memory_format(device, resolve_precision(settings.precision, device))
+    memory_format = best_memory_format(device, autocast_dtype(settings))
     network = network.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    return TrainState(network, optimizer, EMA(network, settings.ema_decay))
+    losses, grad_norms = torch.full((2, settings.steps), math.nan).unbind()
+    return TrainState(network, optimizer, EMA(network, settings.ema_decay), losses, grad_norms)
+
+
+def share_of_batch(batch_size: int, rank: int, world_size: int) -> range:
+    """Return the positions of the global batch that ``rank`` computes: contiguous, and at most one more than another rank's."""
+    assert 0 <= rank < world_size <= batch_size, f"rank {rank} of {world_size} has no share of {batch_size} images"
+    share, rest = divmod(batch_size, world_size)
+    first = rank * share + min(rank, rest)
+    return range(first, first + share + (rank < rest))
 
 
 def train(
@@ -148,105 +172,115 @@ def train(
     wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
     until: int | None = None,
 ) -> TrainState:
-    """Train from ``state.step`` to ``settings.steps`` (or ``until``), with this rank's share of each batch.
+    """Train from ``state.step`` to ``settings.steps`` (or ``until``) with this rank's share of each batch.
 
-    ``wrap`` puts the network into DistributedDataParallel. Raises TrainingDivergedError where the loss is no longer finite.
+    ``wrap`` puts the network into DistributedDataParallel, which averages gradients over ranks. Each rank's loss is the sum over its
+    images times world_size / batch_size, so that this average is the gradient of the mean over the global batch for any shares.
+
+    Raises TrainingDivergedError before a hook could log or save a state that is not finite.
     """
     hooks = hooks or Hooks()
     device = next(state.network.parameters()).device
     schedule = make_schedule(**settings.schedule)
     check_objective(settings.objective, schedule)
-    condition = ConditionSpec(**settings.network["condition"])
-    dtype = resolve_precision(settings.precision, device)
+    dtype = autocast_dtype(settings)
     autocast = torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
+    share = share_of_batch(settings.batch_size, rank, world_size)
+    positions = torch.arange(share.start, share.stop, device=device)
     network = wrap(state.network)
     network.train()
+    parameters = list(state.network.parameters())
     last = settings.steps if until is None else min(until, settings.steps)
     losses: list[Tensor] = []
+    grad_norms: list[Tensor] = []
     began, began_step = time.monotonic(), state.step
-    parameters = list(state.network.parameters())
-    for step, batch in _batches(settings, images, schedule, condition, state.step, last, rank, world_size, device):
-        torch.manual_seed(
-            (settings.seed * 1_000_003 + step) * 1_009 + rank
-        )  # dropout is the one draw that has no address
+    for step, pixels, labels in _read_ahead(settings, images, share, state.step, last, pinned=device.type == "cuda"):
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate_at(settings, step)
-        with autocast:
-            loss = training_loss(network, schedule, settings.objective, settings.weighting, **batch).mean()
-        loss.backward()
+        batch = _batch(settings, schedule, pixels, labels, positions, step)
+        with addressed_dropout(state.network, seed=settings.seed, step=step, positions=positions):
+            with autocast:
+                per_image = training_loss(network, schedule, settings.objective, settings.weighting, **batch)
+            loss = per_image.sum() / settings.batch_size
+            (loss * world_size).backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip, foreach=True)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step = step + 1
         state.ema.update(state.network, state.step)
         losses.append(loss.detach())
-        at_end = state.step == last
-        if state.step % hooks.log_every == 0 or at_end:
-            mean_loss = torch.stack(losses).mean()
-            if world_size > 1:
-                dist.all_reduce(mean_loss)
-                mean_loss /= world_size
-            row = {
-                "step": state.step,
-                "loss": float(mean_loss),
-                "learning_rate": learning_rate_at(settings, step),
-                "grad_norm": float(grad_norm),
-            }
-            losses.clear()
-            if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-                raise TrainingDivergedError(
-                    f"the training loss is no longer finite at step {state.step}: lower train.learning_rate "
-                    f"({settings.learning_rate:g}) or train.grad_clip ({settings.grad_clip:g}), or set train.precision to fp32"
-                )
-            state.history.append(row)
-            seconds = max(time.monotonic() - began, 1e-9)
-            speed = (state.step - began_step) / seconds
+        grad_norms.append(grad_norm)
+        logged = state.step % hooks.log_every == 0 or state.step == settings.steps
+        saved = state.step % hooks.checkpoint_every == 0 or state.step == last
+        if logged or saved:
+            _record(state, losses, grad_norms, world_size)
+        if logged:
+            speed = (state.step - began_step) / max(time.monotonic() - began, 1e-9)
+            row = _row(settings, state, state.step, hooks.log_every)
             hooks.on_log(Progress(row, speed * settings.batch_size, (settings.steps - state.step) / speed))
-        if state.step % hooks.sample_every == 0 or state.step == settings.steps:
-            hooks.on_sample(state)
-        if state.step % hooks.checkpoint_every == 0 or at_end:
+        if saved:
             hooks.on_checkpoint(state)
+        if state.step % hooks.sample_every == 0 or state.step == settings.steps:
+            try:
+                hooks.on_sample(state)
+            except torch.OutOfMemoryError:
+                log.warning("step %d: no GPU memory for the sample picture; it is skipped", state.step)
     return state
 
 
-def ema_model(
-    settings: TrainSettings, state: TrainState, provenance: Mapping[str, Any] | None = None
-) -> DiffusionModel:
-    """The EMA weights as a DiffusionModel (shares their memory)."""
-    return DiffusionModel(
-        network=state.ema.network,
-        network_config=settings.network,
-        schedule=make_schedule(**settings.schedule),
-        objective=settings.objective,
-        image_size=settings.network["image_size"],
-        image_channels=settings.network["image_channels"],
-        class_names=settings.class_names,
-        condition_dropout=settings.condition_dropout,
-        provenance=provenance or {},
-    )
+def _record(state: TrainState, losses: list[Tensor], grad_norms: list[Tensor], world_size: int) -> None:
+    """Move the numbers of the latest steps from this rank's device into the history, and empty both lists.
+
+    Raises TrainingDivergedError on every rank if a number, weight or EMA weight is not finite on any rank.
+    """
+    total, norms = torch.stack(losses), torch.stack(grad_norms)
+    if world_size > 1:
+        shares = [torch.empty_like(total) for _ in range(world_size)]
+        dist.all_gather(shares, total)
+        total = reduce(torch.add, shares)  # in the order of the ranks, so that the sum does not depend on the cadence
+    finite = {
+        "losses": _all_finite([total]),
+        "gradient norms": _all_finite([norms]),
+        "weights": _all_finite(list(state.network.parameters())),
+        "EMA weights": _all_finite(list(state.ema.network.parameters())),
+    }
+    flags = torch.stack(list(finite.values())).to(torch.int32)
+    if world_size > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MIN)
+    if broken := [name for name, flag in zip(finite, flags.tolist(), strict=True) if not flag]:
+        raise TrainingDivergedError(f"training diverged: {', '.join(broken)} not finite at step {state.step}")
+    latest = slice(state.step - len(losses), state.step)
+    state.losses[latest], state.grad_norms[latest] = torch.stack([total, norms]).cpu()
+    losses.clear()
+    grad_norms.clear()
 
 
-def _batches(
-    settings: TrainSettings,
-    images: Images,
-    schedule: NoiseSchedule,
-    condition: ConditionSpec,
-    first: int,
-    last: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(step, arguments of the loss) for this rank; the next batch is read while the network works on this one."""
-    share = settings.batch_size // world_size
-    rows = torch.arange(rank * share, (rank + 1) * share, dtype=torch.int64)
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return () bool on the device of the tensors."""
+    largest = torch._foreach_norm([tensor.detach() for tensor in tensors], math.inf)
+    return torch.stack(largest).isfinite().all()
+
+
+def _row(settings: TrainSettings, state: TrainState, end: int, every: int) -> dict[str, float]:
+    first = (end - 1) // every * every
+    return {
+        "step": end,
+        "loss": float(state.losses[first:end].double().mean()),
+        "learning_rate": learning_rate_at(settings, end - 1),
+        "grad_norm": float(state.grad_norms[end - 1]),
+    }
+
+
+def _read_ahead(
+    settings: TrainSettings, images: Images, share: range, first: int, last: int, *, pinned: bool
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (step, uint8 images, labels) of this rank's share; a thread reads the next batch while the network computes."""
+    positions = np.arange(share.start, share.stop, dtype=np.int64)
 
     def read(step: int) -> tuple[Tensor, Tensor]:
-        picked = dataset_indices(settings.seed, len(images), step * settings.batch_size + rows.numpy())
+        picked = dataset_indices(settings.seed, len(images), step * settings.batch_size + positions)
         pixels, labels = images.gather(picked)
-        if device.type == "cuda":
-            pixels, labels = pixels.pin_memory(), labels.pin_memory()
-        return pixels, labels
+        return (pixels.pin_memory(), labels.pin_memory()) if pinned else (pixels, labels)
 
     with ThreadPoolExecutor(1) as reader:
         pending = reader.submit(read, first) if first < last else None
@@ -254,42 +288,27 @@ def _batches(
             assert pending is not None
             pixels, labels = pending.result()
             pending = reader.submit(read, step + 1) if step + 1 < last else None
-            yield step, _prepare(settings, schedule, condition, pixels, labels, rows, step, device)
+            yield step, pixels, labels
 
 
-def _prepare(
-    settings: TrainSettings,
-    schedule: NoiseSchedule,
-    condition: ConditionSpec,
-    pixels: Tensor,
-    labels: Tensor,
-    rows: Tensor,
-    step: int,
-    device: torch.device,
+def _batch(
+    settings: TrainSettings, schedule: NoiseSchedule, pixels: Tensor, labels: Tensor, positions: Tensor, step: int
 ) -> dict[str, Any]:
-    """Images in [-1, 1], steps, noise and conditions of one batch; ``rows`` are positions in the global batch."""
-    rows = rows.to(device, non_blocking=True)
-    memory_format = best_memory_format(device, resolve_precision(settings.precision, device))
+    """Return x0, t, eps and condition of the images at ``positions`` of the global batch, on the device of the positions."""
+    device = positions.device
+    memory_format = best_memory_format(device, autocast_dtype(settings))
     x0 = to_float(pixels.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
-    draws = NoiseSource(settings.seed, "train-draws").uniform((3,), rows, step)
+    draw = draw_training_step(
+        schedule,
+        x0.shape[1:],
+        positions,
+        settings.batch_size,
+        step,
+        seed=settings.seed,
+        condition_dropout=settings.condition_dropout,
+        horizontal_flip=settings.horizontal_flip,
+    )
     if settings.horizontal_flip:
-        x0 = torch.where((draws[:, 0] < 0.5).view(-1, 1, 1, 1), x0.flip(-1), x0)
-    t = (draws[:, 1] * schedule.num_steps).to(torch.int64)
-    eps = NoiseSource(settings.seed, "train-noise").normal(x0.shape[1:], rows, step)
-    labels = condition.drop(labels.to(device, non_blocking=True), draws[:, 2] < settings.condition_dropout)
-    return {"x0": x0, "t": t, "eps": eps.contiguous(memory_format=memory_format), "condition": labels}
-
-
-def dataset_indices(seed: int, size: int, positions: np.ndarray) -> np.ndarray:
-    """Which image stands at each position of the endless sequence of epochs, each a permutation of its own."""
-    epochs, offsets = np.divmod(positions, size)
-    indices = np.empty(len(positions), dtype=np.int64)
-    for epoch in np.unique(epochs):
-        rows = epochs == epoch
-        indices[rows] = _permutation(seed, size, int(epoch))[offsets[rows]]
-    return indices
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, size: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(size)
+        x0 = torch.where(draw.flipped.view(-1, 1, 1, 1), x0.flip(-1), x0)
+    condition = ConditionSpec(**settings.network["condition"]).drop(labels.to(device, non_blocking=True), draw.dropped)
+    return {"x0": x0, "t": draw.t, "eps": draw.eps.contiguous(memory_format=memory_format), "condition": condition}

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ import pytest
 from tests.conftest import Project, kill_everything, make_project
 
 pytestmark = pytest.mark.slow
+CLEAN_HOME = Path(tempfile.mkdtemp(prefix="rediffuse-home-"))
+"""A home directory without a Ray token: a cluster that `ray start --head` makes there uses none."""
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +88,10 @@ def ray_process(command: list[str]) -> Iterator[None]:
 
 def environment() -> dict[str, str]:
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"},
+        "HOME": str(CLEAN_HOME),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
 
@@ -112,7 +115,7 @@ def test_training_across_two_raylets_gives_the_weights_of_one_machine(trained: P
         "cluster.shutdown()\n"
         "sys.exit(code)\n"
     )
-    text = untrained.run(sys.executable, "-c", script, RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
+    text = untrained.run(sys.executable, "-c", script, RAY_USAGE_STATS_ENABLED="0", HOME=str(CLEAN_HOME))
     assert "Ray: 3 node(s), 2 CPUs" in text  # a head without CPUs: each worker needs a node of its own
     assert "world_size=2" in text or "size 2" in text
     assert weights(untrained) == weights(trained)
@@ -120,24 +123,24 @@ def test_training_across_two_raylets_gives_the_weights_of_one_machine(trained: P
 
 def test_stages_join_a_cluster_that_ray_start_made(trained: Project, untrained: Project, short_folder: Path) -> None:
     with ray_head(short_folder, "--num-cpus=2") as address:
-        text = untrained.stage("train", RAY_ADDRESS=address)
+        text = untrained.stage("train", RAY_ADDRESS=address, HOME=str(CLEAN_HOME))
         assert "Ray: 1 node(s), 2 CPUs" in text
-        untrained.change(ray__address=address)
-        text = untrained.stage("evaluate")
+        untrained.change_run(ray__address=address)
+        text = untrained.stage("evaluate", HOME=str(CLEAN_HOME))
         assert "units" in text
     assert weights(untrained) == weights(trained)
     assert json.loads((untrained.folder / "artifacts/evaluation/quality.json").read_text())["num_samples"] == 40
 
 
 def test_request_that_can_never_be_placed_is_refused_at_once(untrained: Project) -> None:
-    untrained.change(train__num_workers=16)
+    untrained.change_run(train__num_workers=16)
     began = time.monotonic()
     text = untrained.stage("train", check=False)
     print(f"refused after {time.monotonic() - began:.0f} s")
     line = next(line for line in text.splitlines() if "error:" in line)
     assert "train.num_workers: 16 x (1 CPUs) can never run" in line
     assert "lower train.num_workers" in line
-    untrained.change(train__num_workers=2, train__gpus_per_worker=1)
+    untrained.change_run(train__num_workers=2, train__gpus_per_worker=1)
     assert re.search(
         r"error: train.num_workers: 2 x \(1 CPUs and 1 GPUs\) can never run", untrained.stage("train", check=False)
     )
@@ -163,7 +166,7 @@ def test_storage_that_a_node_does_not_see_is_refused_early(untrained: Project, s
                 != "2"
             ):
                 assert time.monotonic() < deadline, "the second node did not join"
-            text = untrained.stage("train", check=False, RAY_ADDRESS=address)
+            text = untrained.stage("train", check=False, RAY_ADDRESS=address, HOME=str(CLEAN_HOME))
     line = next(line for line in text.splitlines() if "error:" in line)
     assert "ray.storage" in line
     assert "does not see" in line

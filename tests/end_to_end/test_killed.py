@@ -19,13 +19,16 @@ from tests.conftest import Project, kill_everything, make_project, processes_of,
 
 pytestmark = pytest.mark.slow
 
-LONGER = {"train__steps": 60, "train__checkpoint_every": 5, "train__sample_every": 30, "train__network__channels": 16}
+LONGER = {"train__steps": 60, "train__network__channels": 16}
+LONGER_RUN = {"train": {"log_every": 2, "checkpoint_every": 5, "sample_every": 30}}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A project trained without a death: what killed runs must equal."""
-    made = make_project(tmp_path_factory.mktemp("uninterrupted") / "project", tune__enabled=False, **LONGER)
+    made = make_project(
+        tmp_path_factory.mktemp("uninterrupted") / "project", run=LONGER_RUN, tune__enabled=False, **LONGER
+    )
     for stage in ("prepare", "reference", "tune", "train"):
         made.stage(stage)
     yield made
@@ -35,7 +38,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]
 @pytest.fixture
 def ready(uninterrupted: Project, tmp_path: Path) -> Iterator[Project]:
     """The same project just before its training."""
-    made = make_project(tmp_path / "project", tune__enabled=False, **LONGER)
+    made = make_project(tmp_path / "project", run=LONGER_RUN, tune__enabled=False, **LONGER)
     for stage in ("prepare", "reference", "tune"):
         made.stage(stage)
     yield made
@@ -103,9 +106,9 @@ def test_killed_training_ends_with_the_weights_of_an_uninterrupted_run(
         assert not (ready.folder / "artifacts/model").exists()
         text = ready.stage("train", timeout=300)
     seconds = time.monotonic() - began
-    went_on = int(re.search(r"going on from the checkpoint of step (\d+)", text).group(1))
-    print(f"{victim} killed after the checkpoint of step {at}: went on from {went_on}, {seconds:.0f} s to the end")
-    assert went_on >= at
+    resumed_at = int(re.search(r"resuming from the checkpoint of step (\d+)", text).group(1))
+    print(f"{victim} killed after the checkpoint of step {at}: resumed from {resumed_at}, {seconds:.0f} s to the end")
+    assert resumed_at >= at
     assert weights(ready) == weights(uninterrupted)
     runs = runs_of(ready, "train")
     assert [run.info.status for run in runs] == ["FINISHED"]
@@ -128,14 +131,18 @@ def test_torn_checkpoint_and_torn_ray_state_are_skipped(uninterrupted: Project, 
         snapshot.write_text(snapshot.read_text()[:40])
     text = ready.stage("train", timeout=300)
     assert "is torn" in text
-    assert int(re.search(r"going on from the checkpoint of step (\d+)", text).group(1)) < int(newest.name[5:])
+    assert int(re.search(r"resuming from the checkpoint of step (\d+)", text).group(1)) < int(newest.name[5:])
     assert weights(ready) == weights(uninterrupted)
 
 
 @pytest.mark.parametrize("victim", ["driver", "everything"])
 def test_killed_search_does_not_run_finished_trials_again(tmp_path: Path, victim: str) -> None:
     made = make_project(
-        tmp_path / "project", tune__num_trials=4, tune__max_concurrent=1, tune__steps=16, tune__grace_steps=16
+        tmp_path / "project",
+        run={"tune": {"max_concurrent": 1}},
+        tune__num_trials=4,
+        tune__steps=16,
+        tune__grace_steps=16,
     )
     try:
         made.stage("prepare")
@@ -165,7 +172,7 @@ def test_killed_search_does_not_run_finished_trials_again(tmp_path: Path, victim
 
 
 @pytest.mark.parametrize("victim", ["driver", "worker", "everything"])
-def test_killed_sweep_does_not_make_finished_shards_again(copied_project: Project, victim: str) -> None:
+def test_killed_sweep_does_not_repeat_finished_units(copied_project: Project, victim: str) -> None:
     project = copied_project
     project.change(evaluate__num_samples=96, evaluate__steps=[4, 40])
     started = project.start("dvc", "repro", "evaluate")
@@ -188,11 +195,11 @@ def test_killed_sweep_does_not_make_finished_shards_again(copied_project: Projec
     text = project.output() if victim == "worker" else project.repro("evaluate", timeout=300)
     print(
         f"{victim} killed after {len(kept)} of {len(fresh())} units; "
-        + (re.search(r"\d+ of \d+ units are done already", text) or [""])[0]
+        + (re.search(r"\d+ of \d+ units are already done", text) or [""])[0]
     )
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished shards were made again"
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished units were repeated"
     if victim != "worker":
-        assert "units are done already" in text
+        assert "units are already done" in text
     assert len(json.loads((project.folder / "artifacts/evaluation/quality.json").read_text())["rows"]) == 4
     parents = [run for run in runs_of(project, "evaluate") if "mlflow.parentRunId" not in run.data.tags]
     assert {run.info.status for run in runs_of(project, "evaluate")} == {"FINISHED"}

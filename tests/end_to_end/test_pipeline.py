@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 
 from pipelines.data.shards import read_manifest
-from tests.conftest import SHARED_DATA, Project, kill_everything, make_project, wait_until
+from pipelines.params import Params, Section, read_yaml
+from tests.conftest import PARAMS_READ, SHARED_DATA, Project, kill_everything, make_project, wait_until
 
 STAGES = ("prepare", "reference", "tune", "train", "evaluate", "register", "report")
 
 
 def ran(text: str) -> list[str]:
-    """The stages that an output of ``dvc repro`` says were run (restored ones do not count)."""
+    """The stages that ``dvc repro`` says it ran, without those that it restored."""
     return re.findall(r"Running stage '(\w+)'", text)
 
 
@@ -45,20 +46,73 @@ def test_changed_params_run_only_the_stages_that_depend_on_them(copied_project: 
     copied_project.change(train__learning_rate=0.0021)
     assert set(ran(copied_project.repro("--dry"))).isdisjoint({"prepare", "reference"})
     copied_project.run("git", "checkout", "params.yaml")
-    copied_project.change(ray__num_cpus=2, tracking__experiment="other")
+    copied_project.change_run(ray__num_cpus=2, tracking__experiment="other", train__num_workers=1, resume="force")
     assert ran(copied_project.repro("--dry")) == []
+    assert "up to date" in copied_project.run("dvc", "status")
+
+
+def test_stages_read_exactly_the_params_that_dvc_yaml_declares(finished_project: Project) -> None:
+    keys = section_keys(Params)
+    reads: dict[str, set[str]] = {stage: set() for stage in STAGES}
+    for line in (finished_project.folder / PARAMS_READ).read_text().splitlines():
+        stage, read = line.split()
+        section, field = read.split(".")
+        if (section, field) in keys:
+            reads[stage].add(keys[section, field])
+    declared = read_yaml(finished_project.folder / "dvc.yaml")["stages"]
+    every_leaf = set(keys.values())
+    reads["tune"].discard("train.steps")  # trials take tune.steps in its place
+    for stage in STAGES:
+        leaves = {
+            key for key in every_leaf for own in declared[stage].get("params", []) if f"{key}.".startswith(f"{own}.")
+        }
+        assert reads[stage] == leaves, stage
+
+
+def section_keys(schema: type, prefix: str = "") -> dict[tuple[str, str], str]:
+    """The dotted key of each leaf of params.yaml, by (class, field)."""
+    keys: dict[tuple[str, str], str] = {}
+    for name, field in schema.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys |= section_keys(field.annotation, f"{key}.")
+        else:
+            keys[schema.__name__, name] = key
+    return keys
+
+
+COMPUTED = ("step 1", "judged", "units", "class network: step")
+"""Words in log lines of work that is done: training steps, trials, units."""
+
+
+@pytest.mark.slow
+def test_comments_unrelated_code_and_run_settings_compute_nothing_again(copied_project: Project) -> None:
+    folder = copied_project.folder
+    before = {path: path.read_bytes() for path in folder.glob("artifacts/**/*") if path.is_file()}
+    copied_project.change_run(train__num_workers=1, train__log_every=3, evaluate__max_concurrent=1)
+    with open(folder / "diffusion_core/losses.py", "a", encoding="utf-8") as file:
+        file.write("\n# a comment\n")
+    with open(folder / "diffusion_core/editing.py", "a", encoding="utf-8") as file:
+        file.write("\n\ndef added() -> int:\n    return 1\n")
+    began = time.monotonic()
+    text = copied_project.repro()
+    print(f"dvc repro took {time.monotonic() - began:.0f} s and ran {ran(text)}")
+    assert set(ran(text)) <= {"tune", "train"}, "what depends on the bytes of losses.py, and nothing after it"
+    assert "Ray Train" not in text
+    after = {path: path.read_bytes() for path in folder.glob("artifacts/**/*") if path.is_file()}
+    assert after == before
 
 
 def test_changed_sweep_is_measured_and_judged_again_with_the_champion(copied_project: Project) -> None:
     copied_project.change(evaluate__num_samples=32)
     assert ran(copied_project.repro()) == ["evaluate", "register", "report"]
     registration = json.loads((copied_project.folder / "artifacts/registration.json").read_text())
-    assert registration["version"] == 1, "the same weights are no second version"
+    assert registration["version"] == 1, "the same weights are not registered twice"
     assert registration["candidate"]["num_samples"] == 32
 
 
 @pytest.mark.slow
-def test_champion_that_was_measured_otherwise_is_measured_again_before_it_is_judged(copied_project: Project) -> None:
+def test_champion_that_was_measured_differently_is_measured_again_before_it_is_judged(copied_project: Project) -> None:
     copied_project.change(
         evaluate__num_samples=48, train__learning_rate=0.001, train__ema_decay=0.0, tune__enabled=False
     )
@@ -82,7 +136,7 @@ def test_every_stage_leaves_what_the_design_says(finished_project: Project) -> N
         assert (artifacts / "data" / str(shard["images"])).exists()
     reference = json.loads((artifacts / "reference/reference.json").read_text())
     assert reference["data_hash"] == manifest.content_hash
-    assert reference["floor"] > 0
+    assert reference["test_fid"] > 0
     model = json.loads((artifacts / "model/model.json").read_text())
     assert model["provenance"]["data_hash"] == manifest.content_hash
     assert sorted(path.name for path in (artifacts / "model").iterdir()) == ["model.json", "model.safetensors"]
@@ -93,7 +147,7 @@ def test_every_stage_leaves_what_the_design_says(finished_project: Project) -> N
     assert {row["num_samples"] for row in sweep} == {"40"}
     assert any(row["pareto"] == "true" for row in sweep)
     for row in sweep:
-        assert (artifacts / f"evaluation/grids/eta-{row['eta']}-steps-{row['steps']}.png").exists()
+        assert (artifacts / f"evaluation/samples/eta-{row['eta']}-steps-{row['steps']}.png").exists()
     page = (artifacts / "report/index.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
@@ -121,10 +175,10 @@ def test_metrics_of_dvc_the_report_and_mlflow_agree(finished_project: Project) -
     assert f"{shown['metrics/evaluate.json']['data']['best_fid_classifier']:.3f}" in page
     plots = json.loads(finished_project.run("dvc", "plots", "show", "--json"))["data"]
     assert len(plots["FID by steps and eta"][0]["content"]["data"]["values"]) == 4
-    assert len(plots["training loss"][0]["content"]["data"]["values"]) == 12
+    assert len(plots["training loss"][0]["content"]["data"]["values"]) == 24
 
 
-def test_mlflow_holds_one_finished_run_a_stage_with_nested_children(finished_project: Project) -> None:
+def test_mlflow_holds_one_finished_run_per_stage_with_nested_children(finished_project: Project) -> None:
     client = client_of(finished_project)
     runs = client.search_runs(["1"], max_results=500)
     assert {run.info.status for run in runs} == {"FINISHED"}
@@ -146,7 +200,7 @@ def test_mlflow_holds_one_finished_run_a_stage_with_nested_children(finished_pro
     assert steps == list(range(2, 25, 2))
     assert "params.json" in {path.path for path in client.list_artifacts(parents["evaluate"])}
     names = {Path(path.path).name for path in client.list_artifacts(parents["evaluate"], "evaluation")}
-    assert {"sweep.csv", "grids", "heatmap.png"} <= names
+    assert {"sweep.csv", "samples", "heatmap.png"} <= names
     assert [path.path for path in client.list_artifacts(parents["train"], "samples")] == ["samples/step_00000024.png"]
 
 

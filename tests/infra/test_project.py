@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 from tests.conftest import ROOT
+
+
+def readme_commands() -> tuple[str, str]:
+    """Return the README's two commands: the whole pipeline, and the tests."""
+    lines = re.findall(r"^```bash\n(.+)\n```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    (pipeline,) = [line for line in lines if line.endswith("dvc repro")]
+    (tests,) = [line for line in lines if line.endswith("pytest")]
+    return pipeline, tests
 
 
 def test_diffusion_core_brings_in_no_ray_mlflow_or_dvc() -> None:
@@ -52,3 +61,21 @@ def test_no_tracked_file_names_a_machine_or_holds_a_pickle() -> None:
         path = ROOT / name
         if path.suffix in (".py", ".yaml", ".toml", ".md", ".json", ".lock", "") and path.is_file():
             assert not pattern.search(path.read_text(encoding="utf-8", errors="ignore")), name
+
+
+def test_readme_commands_install_only_into_ignored_folders() -> None:
+    for command in readme_commands():
+        folder = re.match(r"python3 -m venv (\S+) && \1/bin/pip install --quiet uv && \1/bin/uv run ", command)
+        assert folder, command
+        for name in (".gitignore", ".dvcignore"):
+            assert folder[1] in {line.strip("/") for line in (ROOT / name).read_text().splitlines()}, name
+
+
+def test_any_supported_python_on_the_machine_is_used() -> None:
+    assert not (ROOT / ".python-version").exists()  # uv would download that version
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]
+    assert settings["python-preference"] == "system"
+
+
+def test_ci_runs_the_readme_test_command() -> None:
+    assert readme_commands()[1] in (ROOT / ".ci/run").read_text(encoding="utf-8")

@@ -23,9 +23,9 @@ Run = Callable[[str], str]
 
 @pytest.fixture
 def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], project: Project) -> Run:
-    """Run a stage in this process inside the project, and give the one line that it ends with."""
+    """Run a stage in this process inside the project, and return the one line that it ends with."""
     monkeypatch.chdir(project.folder)
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "REDIFFUSE_TRACEBACK"):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS", "REDIFFUSE_TRACEBACK", "REDIFFUSE_RUN"):
         monkeypatch.delenv(name, raising=False)
 
     def run(stage: str) -> str:
@@ -94,14 +94,14 @@ def test_truncated_image_is_named(project: Project, fails: Run, tmp_path: Path) 
     assert not Path("artifacts/data").exists()
 
 
-def test_file_that_is_no_image_is_named(project: Project, fails: Run, tmp_path: Path) -> None:
+def test_file_that_is_not_an_image_is_named(project: Project, fails: Run, tmp_path: Path) -> None:
     root = image_folder(tmp_path / "images")
     (root / "class0" / "note.jpg").write_text("hello")
     use_folder(project, root)
     assert "class0/note.jpg (not an image)" in fails("prepare")
 
 
-def test_broken_images_are_skipped_and_counted_where_params_say_so(
+def test_broken_images_are_skipped_and_counted_on_request(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = image_folder(tmp_path / "images", count=10)
@@ -175,6 +175,28 @@ def test_wrong_params_end_every_stage(project: Project, fails: Run) -> None:
         assert "params.yaml: train.steps: given -1, allowed at least 1" in fails(stage)
 
 
+def test_wrong_run_settings_end_every_stage(project: Project, fails: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.change_run(train__num_workers=0)
+    for stage in ("prepare", "reference", "tune", "train", "evaluate", "register", "report"):
+        assert "run.yaml: train.num_workers: given 0, allowed a whole number of at least 1, or auto" in fails(stage)
+    monkeypatch.setenv("REDIFFUSE_RUN", "absent.yaml")
+    assert "absent.yaml: cannot be read" in fails("prepare")
+
+
+def test_key_that_moved_to_run_yaml_is_refused_with_its_new_place(project: Project, fails: Run) -> None:
+    project.change(train__num_workers=4)
+    line = fails("train")
+    assert "params.yaml: train.num_workers: has moved to run.yaml" in line
+    assert "set train.num_workers there" in line
+
+
+def test_more_workers_than_images_in_a_batch_are_refused(prepared: Project, fails: Run) -> None:
+    Path("artifacts/search").mkdir()
+    Path("artifacts/search/best.yaml").write_text("overrides: {}\n")
+    prepared.change_run(train__num_workers=64)
+    assert "train.num_workers: given 64, allowed at most train.batch_size (16)" in fails("train")
+
+
 def test_wrong_hash_of_inception_weights_is_refused(prepared: Project, fails: Run) -> None:
     Path("weights.pth").write_bytes(b"not these")
     prepared.change(reference__extractor="inception-v3-compat", reference__inception_weights="weights.pth")
@@ -242,7 +264,7 @@ def test_missing_and_damaged_models_are_named(prepared: Project, fails: Run) -> 
 
 
 def test_unreachable_ray_cluster_is_refused(prepared: Project, fails: Run) -> None:
-    prepared.change(ray__address="127.0.0.1:1")
+    prepared.change_run(ray__address="127.0.0.1:1")
     line = fails("tune")
     assert "127.0.0.1:1" in line
     assert "ray.address" in line
@@ -250,7 +272,7 @@ def test_unreachable_ray_cluster_is_refused(prepared: Project, fails: Run) -> No
 
 @pytest.mark.parametrize("uri", ["file:./mlruns", "mlruns", "sqlite:////proc/1/nowhere/x.db"])
 def test_unusable_tracking_store_is_refused(project: Project, fails: Run, uri: str) -> None:
-    project.change(tracking__uri=uri)
+    project.change_run(tracking__uri=uri)
     assert "MLflow store" in fails("prepare")
 
 

@@ -1,21 +1,29 @@
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
+import os
 import struct
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 
+from pipelines.data.listing import listing_changes
 from pipelines.data.shards import open_split, read_manifest, write_manifest, write_shards
-from pipelines.data.sources import Items, Transform, limit_items, open_source, split_items
-from pipelines.params import Prepare
+from pipelines.preparation.data_set import write_data_set
+from pipelines.preparation.decoding import Transform
+from pipelines.preparation.sources import Items, SourceSettings, open_source
+from pipelines.preparation.splits import limit_items, split_items
 from pipelines.prepare import prepare
-from pipelines.stage import run_stage
+from pipelines.stage import DATA, LISTING_RECORDS, run_stage
+from pipelines.tables import read_csv
 from tests.conftest import SHARED_DATA, Project
 
 
@@ -27,10 +35,17 @@ def items_of(images: np.ndarray, labels: np.ndarray) -> Items:
     return Items(
         labels=labels,
         load=lambda i: Image.fromarray(images[i]),
-        content=lambda i: images[i].tobytes(),
+        digest=lambda i: hashlib.sha256(images[i].tobytes()).digest(),
         name=lambda i: str(i),
         arrays=images,
     )
+
+
+def save_images(folder: Path, count: int, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
 
 
 @pytest.fixture
@@ -151,24 +166,110 @@ def test_torchvision_set_of_60000_images_is_prepared_in_seconds(project: Project
 
 
 def test_image_folder_with_its_own_split_keeps_it(project: Project, run_prepare, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("test", 3)):
         for name in ("cat", "dog"):
-            folder = tmp_path / "images" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+            save_images(tmp_path / "images" / split / name, count)
     project.change(prepare__source="folder", prepare__root=str(tmp_path / "images"), prepare__channels=3)
     run_prepare()
     manifest = read_manifest(project.folder / "artifacts/data")
     assert manifest.class_names == ("cat", "dog")
     assert manifest.counts == {"train": 12, "test": 6}
+    listed = read_csv(project.folder / "artifacts/data/listing.csv")
+    assert len(listed) == 18
+    for row in listed:
+        content = (tmp_path / "images" / row["path"]).read_bytes()
+        assert (row["bytes"], row["sha256"]) == (str(len(content)), hashlib.sha256(content).hexdigest())
 
 
 def test_data_set_without_class_labels_is_refused(tmp_path: Path) -> None:
-    settings = Prepare(source="torchvision", dataset="FakeData", root=str(tmp_path), image_size=8, channels=3)
     with pytest.raises(ValueError, match="FakeData"):
-        open_source(settings)
+        open_source(SourceSettings("torchvision", dataset="FakeData", root=str(tmp_path)))
+
+
+def test_digits_keep_their_content_hash(tmp_path: Path) -> None:
+    manifest = write_data_set(
+        tmp_path,
+        open_source(SourceSettings("digits")),
+        Transform(8, 1, 0),
+        test_fraction=0.2,
+        max_images=None,
+        skip_broken=False,
+        shard_size=16384,
+        seed=0,
+    )
+    assert manifest.content_hash == "b009c344428f48de35d8f8dd37a1b36378534442d1512c26a1ee25fc499c428f"
+    assert not (tmp_path / "listing.csv").exists(), "digits have no files"
+
+
+AWKWARD = [
+    'cat "big"',
+    "dog, small",
+    "line\nbreak",
+    "carriage\rreturn",
+    "ends with\n",
+    "'single'",
+    "<b>&amp;",
+    "ünï 日本",
+]
+
+
+def test_class_names_with_quotes_commas_and_line_breaks_survive_prepare(
+    project: Project, run_prepare, tmp_path: Path
+) -> None:
+    for name in AWKWARD:
+        save_images(tmp_path / "images" / name, 5)
+    project.change(
+        prepare__source="folder", prepare__root=str(tmp_path / "images"), prepare__channels=3, prepare__max_images=None
+    )
+    run_prepare()
+    data = project.folder / "artifacts/data"
+    assert read_manifest(data).class_names == tuple(sorted(AWKWARD))
+    plot = project.folder / "plots/prepare_classes.csv"
+    expected = [(name, split, count) for split, count in (("train", "4"), ("test", "1")) for name in sorted(AWKWARD)]
+    assert [tuple(row.values()) for row in read_csv(plot)] == expected
+    with open(plot, newline="", encoding="utf-8") as file:
+        assert [tuple(row.values()) for row in csv.DictReader(file)] == expected
+    assert [tuple(row) for row in pd.read_csv(plot, dtype=str).to_numpy()] == expected
+    assert {row["path"].split("/")[0] for row in read_csv(data / "listing.csv")} == set(AWKWARD)
+
+
+def test_class_folder_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    for name in (b"cat", b"caf\xe9"):
+        save_images(tmp_path / os.fsdecode(name), 2)
+    with pytest.raises(ValueError, match=r"caf.* is not UTF-8"):
+        open_source(SourceSettings("folder", root=str(tmp_path)))
+
+
+def test_run_of_a_repeated_prepare_shows_the_new_counts_and_hash(project: Project, run_prepare, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        save_images(tmp_path / "images" / name, 5)
+    project.change(
+        prepare__source="folder", prepare__root=str(tmp_path / "images"), prepare__channels=3, prepare__max_images=None
+    )
+    run_prepare()
+    save_images(tmp_path / "images" / "cat", 9, seed=1)
+    run_prepare()
+    manifest = read_manifest(project.folder / "artifacts/data")
+    client = MlflowClient(f"sqlite:///{project.folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("rediffuse")
+    newest = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])[0]
+    assert newest.data.tags["rediffuse.data_hash"] == manifest.content_hash
+    assert newest.data.metrics["train_images"] == manifest.counts["train"] == 11
+
+
+def test_prepare_names_the_changes_of_its_image_folder_until_it_runs_again(
+    project: Project, run_prepare, tmp_path: Path
+) -> None:
+    for name in ("cat", "dog"):
+        save_images(tmp_path / "images" / name, 5)
+    project.change(prepare__source="folder", prepare__root=str(tmp_path / "images"), prepare__channels=3)
+    run_prepare()
+    data, records = project.folder / DATA, project.folder / LISTING_RECORDS
+    assert listing_changes(data, records) is None
+    save_images(tmp_path / "images" / "cat", 6)
+    assert "1 added, 0 changed, 0 removed (first: 'cat/5.png')" in str(listing_changes(data, records))
+    run_prepare()
+    assert listing_changes(data, records) is None
 
 
 @pytest.mark.skipif(not (SHARED_DATA / "FashionMNIST").exists(), reason="the shared data sets are not on this machine")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.params import load_params, parse_params, read_yaml
+from pipelines.params import declared_params, flatten, load_params, parse_params, read_yaml, with_overrides
 from tests.conftest import ROOT, merge
 
 DEFAULT = read_yaml(ROOT / "params.yaml")
@@ -46,7 +46,19 @@ WRONG = [
     ({"train__learning_rate": float("inf")}, "train.learning_rate", "finite"),
     ({"train__ema_decay": 1.0}, "train.ema_decay", "below 1"),
     ({"train__precision": "fp16"}, "train.precision", "'auto', 'fp32' or 'bf16'"),
-    ({"train__batch_size": 63}, "train.batch_size", "a multiple of train.num_workers"),
+    ({"train__batch_size": 0}, "train.batch_size", "at least 1"),
+    ({"train__num_workers": 2}, "train.num_workers", "has moved to run.yaml"),
+    ({"train__log_every": 10}, "train.log_every", "set train.log_every there"),
+    ({"evaluate__cpus_per_task": 1}, "evaluate.cpus_per_task", "has moved to run.yaml"),
+    ({"tune__max_concurrent": 2}, "tune.max_concurrent", "has moved to run.yaml"),
+    ({"ray": {"address": None}}, "ray", "has moved to run.yaml"),
+    ({"tracking": {"uri": None}}, "tracking", "has moved to run.yaml"),
+    ({"evaluate__grid_rows": 4}, "evaluate.grid_rows", "set evaluate.picture_rows"),
+    ({"report__trajectory_images": 8}, "report.trajectory_images", "set evaluate.trajectory_images"),
+    ({"train__learning_rate": 0.1}, "train.learning_rate", "within tune.space.learning_rate"),
+    ({"train__diffusion__schedule": "scaled_linear"}, "train.diffusion.schedule", "one of tune.space.schedule"),
+    ({"tune__space__weighting": ["snr"]}, "train.diffusion.weighting", "one of tune.space.weighting"),
+    ({"evaluate__batch_size": "many"}, "evaluate.batch_size", "a whole number of at least 1, or auto"),
     ({"train__warmup_steps": 5000}, "train.warmup_steps", "at most train.steps"),
     ({"train__network__name": "vit"}, "train.network.name", "'unet' or 'context_unet'"),
     ({"train__network__multipliers": []}, "train.network.multipliers", "at least 1"),
@@ -80,13 +92,16 @@ WRONG = [
     ({"evaluate__etas": [0.0, 1.5]}, "evaluate.etas[1]", "a number from 0 to 1, or sigma_hat"),
     ({"evaluate__etas": [0.0, 0.0]}, "evaluate.etas", "each value once"),
     ({"evaluate__steps": [2000, 50]}, "evaluate.steps", "at most train.diffusion.num_steps"),
-    ({"evaluate__shard_size": 100}, "evaluate.shard_size", "a multiple of evaluate.batch_size"),
+    (
+        {"evaluate__shard_size": 100, "evaluate__batch_size": 64},
+        "evaluate.shard_size",
+        "a multiple of evaluate.batch_size",
+    ),
     ({"evaluate__num_samples": 1}, "evaluate.num_samples", "at least 2"),
     ({"register__steps": 7}, "register.steps", "one of evaluate.steps"),
     ({"register__eta": 0.3}, "register.eta", "one of evaluate.etas"),
     ({"register__model_name": "a/b"}, "register.model_name", "without"),
     ({"report__title": ""}, "report.title", "not empty"),
-    ({"ray__num_cpus": 0}, "ray.num_cpus", "at least 1"),
 ]
 
 
@@ -101,7 +116,13 @@ def test_wrong_params_give_one_line_that_names_the_key_and_what_is_allowed(
     assert f" {key}: " in message
     assert allowed in message
     for value in changes.values():
-        if value is not MISSING and not isinstance(value, dict) and "missing" not in message and len(changes) == 1:
+        if (
+            value is not MISSING
+            and not isinstance(value, dict)
+            and "missing" not in message
+            and len(changes) == 1
+            and " has " not in message
+        ):
             assert "given " in message
 
 
@@ -146,6 +167,37 @@ def test_every_preset_gives_valid_params_on_top_of_the_default(preset: Path, smo
     if smoke:
         merge(tree, read_yaml(ROOT / "budget" / "smoke.yaml"))
     parse_params(tree)
+
+
+def test_first_trial_may_lie_outside_the_space_if_nothing_is_searched() -> None:
+    parse_params(changed(tune__enabled=False, train__learning_rate=0.1))
+
+
+def test_stage_reads_only_the_params_that_are_declared_for_it() -> None:
+    whole = parse_params(DEFAULT)
+    part = declared_params(whole, ["seed", "train.batch_size", "train.network", "register"])
+    assert (part.seed, part.train.batch_size, part.register_) == (0, 64, whole.register_)
+    assert part.train.network == whole.train.network
+    for read in (lambda: part.evaluate, lambda: part.train.steps, lambda: part.train.diffusion):
+        with pytest.raises(AttributeError):
+            read()
+    assert set(part.train.model_dump()) == {"batch_size", "network"}
+    assert whole.train.steps == 1200, "the whole params stay whole"
+
+
+def test_overrides_of_the_search_are_checked_and_applied() -> None:
+    whole = parse_params(DEFAULT)
+    used = with_overrides(whole, {"schedule": "linear", "learning_rate": 0.5}, "best.yaml")
+    assert (used.train.diffusion.schedule, used.train.learning_rate) == ("linear", 0.5)
+    assert used.train.diffusion.objective == whole.train.diffusion.objective
+    with pytest.raises(ValueError, match=r"best\.yaml \(train\): diffusion\.objective: given 'w'"):
+        with_overrides(whole, {"objective": "w"}, "best.yaml")
+
+
+def test_flattened_settings_have_dotted_keys() -> None:
+    values = flatten("train", parse_params(DEFAULT).train)
+    assert values["train.network.channels"] == 24
+    assert not any(isinstance(value, dict) for value in values.values())
 
 
 def test_digits_preset_takes_every_other_preset_back_to_the_default() -> None:

@@ -1,40 +1,75 @@
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import shutil
+import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
+from mlflow.entities import Metric
 
-from pipelines.params import Tracking, load_params
-from pipelines.tracking import Run, connect, find_runs, stage_run
-from tests.conftest import ROOT, Project
+from pipelines.params import TrackingRun
+from pipelines.stage import quiet_environment
+from pipelines.tracking import Run, changed_store, connect, find_runs, registry_uri, shown, stage_run, tracking_uri
+from tests.conftest import ROOT
 
 POINTS = 200
+LOCAL = TrackingRun()
+TAGS = {"rediffuse.data_hash": "abc123"}
+
+
+@pytest.fixture(scope="module")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the experiment: MLflow takes seconds to create one."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "")
+        patch.setenv("MLFLOW_REGISTRY_URI", "")
+        patch.chdir(folder)
+        connect(LOCAL)
+    return folder / "mlflow.db"
 
 
 @pytest.fixture
-def here(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
-    monkeypatch.chdir(project.folder)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return project
+def here(new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project that has not run yet, which is the working folder."""
+    shutil.copy(new_store, tmp_path / "mlflow.db")
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, "")  # MLflow sets both, and this restores them after the test
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def _log_points(folder: str, run_id: str, name: str) -> None:
     os.chdir(folder)
-    client = connect(Tracking())
+    client = connect(LOCAL)
     run = Run(client, "1", run_id, {})
     for start in range(0, POINTS, 10):
         run.log_rows([{"step": step, name: float(step)} for step in range(start, start + 10)])
 
 
-def test_two_processes_that_log_at_once_lose_no_metric(here: Project) -> None:
-    client = connect(Tracking())
+def _git(*arguments: str) -> str:
+    result = subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@t.invalid", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout.strip()
+
+
+def test_two_processes_that_log_at_once_lose_no_metric(here: Path) -> None:
+    client = connect(LOCAL)
     run_id = client.create_run("1").info.run_id
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_log_points, args=(str(here.folder), run_id, name)) for name in ("a", "b")]
+    processes = [context.Process(target=_log_points, args=(str(here), run_id, name)) for name in ("a", "b")]
     for process in processes:
         process.start()
     for process in processes:
@@ -45,16 +80,15 @@ def test_two_processes_that_log_at_once_lose_no_metric(here: Project) -> None:
         assert sorted(point.step for point in points) == list(range(POINTS))
 
 
-def test_stage_that_starts_again_goes_on_with_its_run(here: Project) -> None:
-    params = load_params()
-    with pytest.raises(RuntimeError), stage_run(params, "train", "key", "data") as run:
+def test_restarted_stage_continues_its_run(here: Path) -> None:
+    with pytest.raises(RuntimeError), stage_run(LOCAL, "train", "key", settings={"a": 1}, tags=TAGS) as run:
         first = run.run_id
         run.log_rows([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
         run.child("part", {"x": 1})
         raise RuntimeError
-    client = mlflow.MlflowClient(f"sqlite:///{here.folder / 'mlflow.db'}")
+    client = mlflow.MlflowClient(f"sqlite:///{here / 'mlflow.db'}")
     assert client.get_run(first).info.status == "FAILED"
-    with stage_run(params, "train", "key", "data") as run:
+    with stage_run(LOCAL, "train", "key", settings={"a": 1}, tags=TAGS) as run:
         assert run.run_id == first
         assert client.get_run(first).info.status == "RUNNING"
         run.log_rows([{"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.25}])
@@ -65,47 +99,236 @@ def test_stage_that_starts_again_goes_on_with_its_run(here: Project) -> None:
     assert {run.info.status for run in everything} == {"FINISHED"}
 
 
-def test_run_that_a_kill_left_behind_is_ended_when_other_inputs_start(here: Project) -> None:
-    params = load_params()
-    with stage_run(params, "train", "old", "data") as run:
-        pass
-    run.client.update_run(run.run_id, status="RUNNING")  # as a SIGKILL leaves it
-    with stage_run(params, "train", "new", "data"):
-        assert run.client.get_run(run.run_id).info.status == "KILLED"
+def test_run_with_other_settings_is_not_continued(here: Path) -> None:
+    """MLflow cannot change a param: a continued run would show the old settings."""
+    seen = {}
+    for trials in (6, 8, 6):
+        with stage_run(LOCAL, "tune", "key", settings={"tune.num_trials": trials}, tags=TAGS) as run:
+            child = run.child("trial", {"x": 1})
+            shown_value = run.client.get_run(run.run_id).data.params["tune.num_trials"]
+            assert shown_value == str(trials)
+            assert run.client.get_run(child.run_id).data.tags["mlflow.parentRunId"] == run.run_id
+        seen.setdefault(trials, set()).add(run.run_id)
+    assert all(len(ids) == 1 for ids in seen.values()) and seen[6] != seen[8]
 
 
-def test_every_run_carries_commit_stage_params_and_data_hash(here: Project) -> None:
-    params = load_params()
-    with stage_run(params, "evaluate", "key", "abc123") as run:
-        child = run.child("eta-0", {"eta": 0.0})
+def test_run_that_a_kill_left_behind_ends_when_other_inputs_start(here: Path) -> None:
+    with stage_run(LOCAL, "train", "old", settings={}, tags=TAGS) as run:
+        child = run.child("part", {})
+    for run_id in (run.run_id, child.run_id):
+        run.client.update_run(run_id, status="RUNNING")  # as a SIGKILL leaves it
+    with stage_run(LOCAL, "train", "new", settings={}, tags=TAGS) as other:
+        assert {run.client.get_run(run_id).info.status for run_id in (run.run_id, child.run_id)} == {"KILLED"}
+        assert run.client.get_run(other.run_id).info.status == "RUNNING"
+
+
+def test_every_run_carries_commit_stage_and_tags_and_the_settings_that_were_used(here: Path) -> None:
+    _git("init", "-q")
+    _git("commit", "-q", "--allow-empty", "-m", "x")
+    commit = _git("rev-parse", "HEAD")
+    settings = {
+        "train.learning_rate": 0.0038,
+        "train.diffusion.schedule": "sigmoid",
+        "train.network.multipliers": [1, 2],
+    }
+    with stage_run(LOCAL, "train", "key", settings=settings, tags={**TAGS, "precision": "bf16"}) as run:
+        child = run.child("part", {"eta": 0.0})
         child.finish()
-    commit = here.run("git", "rev-parse", "HEAD").strip()
     for run_id in (run.run_id, child.run_id):
         tags = run.client.get_run(run_id).data.tags
-        assert tags["git_commit"] == commit
-        assert tags["rediffuse.stage"] == "evaluate"
+        assert tags["git_commit"] == tags["mlflow.source.git.commit"] == commit
+        assert tags["rediffuse.stage"] == "train"
         assert tags["rediffuse.data_hash"] == "abc123"
-    values = run.client.get_run(run.run_id).data.params
-    assert values["evaluate.num_samples"] == str(params.evaluate.num_samples)
-    assert values["seed"] == "0"
-    assert not any(name.startswith("train.") for name in values), "only the params that the stage used"
-    assert [found.info.run_id for found in find_runs(run.client, "1", {"mlflow.parentRunId": run.run_id})] == [
-        child.run_id
-    ]
+        assert tags["precision"] == "bf16"
+    assert run.client.get_run(run.run_id).data.params == {key: str(value) for key, value in settings.items()}
+    assert mlflow.artifacts.load_dict(f"runs:/{run.run_id}/params.json") == settings
+    found = find_runs(run.client, "1", {"mlflow.parentRunId": run.run_id})
+    assert [each.info.run_id for each in found] == [child.run_id]
 
 
-def test_telemetry_is_off_before_mlflow_and_ray_are_imported(project: Project) -> None:
+def test_commit_says_if_a_tracked_file_was_changed(here: Path) -> None:
+    def commit_of(key: str) -> str:
+        with stage_run(LOCAL, "train", key, settings={}, tags=TAGS) as run:
+            tags = run.client.get_run(run.run_id).data.tags
+        assert tags["mlflow.source.git.commit"] == sha
+        return tags["git_commit"]
+
+    _git("init", "-q")
+    for name in ("code.py", "metrics/train.json", "plots/train.csv", "dvc.lock"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("1")
+    _git("add", "code.py", "metrics", "plots", "dvc.lock")
+    _git("commit", "-q", "-m", "x")
+    sha = _git("rev-parse", "HEAD")
+    Path("notes.txt").write_text("not tracked")
+    assert commit_of("clean") == sha
+    for name in ("metrics/train.json", "plots/train.csv"):
+        Path(name).unlink()  # DVC removes outputs before it runs a stage
+    Path("dvc.lock").write_text("2")
+    assert commit_of("outputs") == sha
+    Path("code.py").write_text("2")
+    assert commit_of("dirty") == f"{sha}-dirty"
+
+
+def test_metric_history_is_read_once_however_often_rows_are_logged(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stage_run(LOCAL, "train", "key", settings={}, tags=TAGS) as run:
+        run.log_rows([{"step": step, "loss": 1.0} for step in range(50)])
+    reads: Counter[str] = Counter()
+    read = mlflow.MlflowClient.get_metric_history
+
+    def counted(self: Any, run_id: str, key: str) -> list[Metric]:
+        reads[key] += 1
+        return read(self, run_id, key)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_metric_history", counted)
+    with stage_run(LOCAL, "train", "key", settings={}, tags=TAGS) as run:
+        for step in range(0, 100, 10):
+            run.log_rows([{"step": step + i, "loss": 1.0, "lr": 2.0} for i in range(10)])
+    assert reads == {"loss": 1, "lr": 1}, "a continued run reads each metric once"
+    with stage_run(LOCAL, "train", "another", settings={}, tags=TAGS) as run:
+        run.log_rows([{"step": 0, "loss": 1.0}])
+    assert reads.total() == 2, "a new run has nothing to read"
+    assert sorted(point.step for point in read(run.client, _only(run, "key"), "loss")) == list(range(100))
+
+
+def _only(run: Run, fingerprint: str) -> str:
+    (found,) = find_runs(run.client, "1", {"rediffuse.fingerprint": fingerprint})
+    return found.info.run_id
+
+
+def test_summary_that_changed_replaces_the_old_value(here: Path) -> None:
+    latest: Callable[[Run], dict[str, float]] = lambda run: run.client.get_run(run.run_id).data.metrics  # noqa: E731
+    for images in (1438.0, 1438.0, 1200.0, 1500.0, 1200.0):
+        with stage_run(LOCAL, "prepare", "key", settings={}, tags={"rediffuse.data_hash": str(images)}) as run:
+            run.log_metrics({"train_images": images, "nan": float("nan")})
+            assert latest(run)["train_images"] == images
+            assert run.client.get_run(run.run_id).data.tags["rediffuse.data_hash"] == str(images)
+    assert len(run.client.get_metric_history(run.run_id, "train_images")) == 4, "an equal value is not logged again"
+    assert len(run.client.get_metric_history(run.run_id, "nan")) == 1
+
+
+def test_telemetry_is_off_before_mlflow_and_ray_are_imported(here: Path) -> None:
     code = (
         "from pipelines.stage import quiet_environment; quiet_environment(); import os;"
         "print(os.environ['MLFLOW_DISABLE_TELEMETRY'], os.environ['RAY_USAGE_STATS_ENABLED'])"
     )
-    assert project.run(sys.executable, "-c", code).split() == ["true", "0"]
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["true", "0"]
     assert "analytics = false" in (ROOT / ".dvc" / "config").read_text()
 
 
-def test_artifacts_of_the_default_store_lie_in_the_project(here: Project) -> None:
-    with stage_run(load_params(), "report", "key", "data") as run:
+def test_artifacts_of_the_default_store_are_in_the_project(here: Path) -> None:
+    (here / "mlflow.db").unlink()
+    with stage_run(LOCAL, "report", "key", settings={}, tags=TAGS) as run:
         Path("note.txt").write_text("x")
         run.log_artifact(Path("note.txt"))
-    found = list(here.folder.glob("mlartifacts/**/note.txt"))
-    assert len(found) == 1
+    assert len(list(here.glob("mlartifacts/**/note.txt"))) == 1
+
+
+def test_registry_of_its_own_holds_the_models_and_no_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{here / 'registry.db'}")
+    with stage_run(LOCAL, "register", "key", settings={}, tags=TAGS) as run:
+        run.client.create_registered_model("model")
+    runs, registry = (mlflow.MlflowClient(uri, uri) for uri in (tracking_uri(LOCAL), registry_uri(LOCAL)))
+    assert [model.name for model in registry.search_registered_models()] == ["model"]
+    assert runs.search_registered_models() == []
+    assert len(runs.search_runs(["1"])) == 1
+    assert registry.get_experiment_by_name(LOCAL.experiment) is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "registry"),
+    [
+        ("databricks", "databricks-uc"),
+        ("databricks://profile", "databricks-uc://profile"),
+        ("http://server:5000", "http://server:5000"),
+    ],
+)
+def test_registry_is_in_the_tracking_store_or_in_unity_catalog(
+    here: Path, uri: str, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert registry_uri(TrackingRun(uri=uri)) == registry
+    mlflow.set_tracking_uri(uri)
+    monkeypatch.setattr(mlflow.tracking._model_registry.utils, "_registry_uri", None)
+    assert mlflow.get_registry_uri() == registry, "MLflow takes the same one by default"
+
+
+@pytest.mark.parametrize("uri", ["databricks", "databricks://profile"])
+def test_databricks_is_accepted_and_asked_for_an_experiment(
+    here: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def found(self: Any, name: str) -> str:
+        asked.append((self.tracking_uri, self._registry_uri, name))
+        return name
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", found)
+    connect(TrackingRun(uri=uri, experiment="/Shared/rediffuse"))
+    assert set(asked) == {(uri, uri.replace("databricks", "databricks-uc"), "/Shared/rediffuse")}
+    with pytest.raises(ValueError, match=r"tracking\.experiment: given 'rediffuse', allowed a workspace path"):
+        connect(TrackingRun(uri=uri))
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "./mlruns"])
+def test_file_store_is_refused(here: Path, uri: str) -> None:
+    with pytest.raises(ValueError, match="the file store is not supported"):
+        connect(TrackingRun(uri=uri))
+
+
+def test_next_stage_says_once_where_the_earlier_runs_and_champions_are(
+    here: Path, new_store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lines(tracking: TrackingRun, registry: str = "") -> list[str]:
+        caplog.clear()
+        as_in_a_new_process(registry)
+        with caplog.at_level(logging.INFO, "rediffuse"), stage_run(tracking, "x", "k", settings={}, tags={}):
+            pass
+        return [record.message for record in caplog.records if "store has changed" in record.message]
+
+    def as_in_a_new_process(registry: str = "") -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+        monkeypatch.setenv("MLFLOW_REGISTRY_URI", registry)
+
+    for name in ("other.db", "registry.db"):
+        shutil.copy(new_store, here / name)
+    other = TrackingRun(uri=f"sqlite:///{here / 'other.db'}")
+    assert lines(LOCAL) == []
+    as_in_a_new_process()
+    assert changed_store(LOCAL) is None
+    assert "the earlier champions are in sqlite:///mlflow.db" in str(changed_store(other))
+    (line,) = lines(other)
+    assert "runs now go to sqlite:///other.db, the earlier runs are in sqlite:///mlflow.db" in line
+    assert "\n" not in line
+    assert lines(other) == []
+    (line,) = lines(other, f"sqlite:///{here / 'registry.db'}")
+    assert "champions now go to sqlite:///registry.db" in line and "runs now" not in line
+
+
+def test_moved_project_has_not_changed_its_store(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet_environment()
+    (here / "a").mkdir()
+    (here / "mlflow.db").rename(here / "a" / "mlflow.db")
+    monkeypatch.chdir(here / "a")
+    with stage_run(LOCAL, "x", "k", settings={}, tags={}):
+        pass
+    (here / "a").rename(here / "b")
+    monkeypatch.chdir(here / "b")
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, "")
+    assert changed_store(LOCAL) is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("https://user:secret@server:5000/mlflow?token=secret", "https://server:5000/mlflow"),
+        ("mysql://user:secret@server/mlflow", "mysql://server/mlflow"),
+        ("databricks://profile", "databricks://profile"),
+        ("databricks", "databricks"),
+        ("sqlite:////elsewhere/mlflow.db", "sqlite:////elsewhere/mlflow.db"),
+        ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
+    ],
+)
+def test_stores_are_shown_without_credentials(here: Path, uri: str, expected: str) -> None:
+    assert shown(uri) == expected

@@ -6,25 +6,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from diffusion_core.networks.conditioning import ConditionSpec
 from diffusion_core.schedules import make_schedule
-from pipelines.training.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
-from pipelines.training.grids import image_grid
+from pipelines.data.shards import Manifest
+from pipelines.params import load_params, with_overrides
+from pipelines.training.checkpoint import check_checkpoint, load_checkpoint, origin_of, save_checkpoint
 from pipelines.training.loop import (
     Hooks,
     TrainingDivergedError,
     TrainSettings,
     TrainState,
-    _batches,
-    dataset_indices,
-    ema_model,
+    _batch,
+    _read_ahead,
+    autocast_dtype,
     learning_rate_at,
     new_state,
-    resolve_precision,
+    rows,
+    share_of_batch,
     train,
 )
+from pipelines.training.model import ema_model
+from pipelines.training.settings import read_overrides, train_settings
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = TrainSettings(
     seed=3,
     steps=12,
@@ -43,6 +49,7 @@ SETTINGS = TrainSettings(
     weighting="snr_plus_one",
     class_names=("a", "b", "c"),
 )  # fmt: skip
+WITH_DROPOUT = replace(SETTINGS, network={**SETTINGS.network, "dropout": 0.3})
 CPU = torch.device("cpu")
 
 
@@ -74,59 +81,116 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def batches(settings: TrainSettings, first: int, last: int, rank: int = 0, world_size: int = 1) -> list[dict]:
+    """Return the arguments of the loss for these steps."""
+    schedule = make_schedule(**settings.schedule)
+    share = share_of_batch(settings.batch_size, rank, world_size)
+    positions = torch.arange(share.start, share.stop)
+    read = _read_ahead(settings, Noise(), share, first, last, pinned=False)
+    return [_batch(settings, schedule, pixels, labels, positions, step) for step, pixels, labels in read]
+
+
 @pytest.mark.parametrize("stop", [1, 5, 11])
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path: Path, stop: int) -> None:
     whole = train(SETTINGS, Noise(), new_state(SETTINGS, CPU), Hooks(log_every=1))
     half = train(SETTINGS, Noise(), new_state(SETTINGS, CPU), Hooks(log_every=1), until=stop)
     save_checkpoint(half, tmp_path, "key")
-    resumed = new_state(replace(SETTINGS), CPU)
+    resumed = new_state(SETTINGS, CPU)
     load_checkpoint(resumed, tmp_path, "key")
     assert resumed.step == stop
     train(SETTINGS, Noise(), resumed, Hooks(log_every=1))
     assert torch.equal(weights(resumed), weights(whole))
-    assert resumed.history == whole.history
+    assert torch.equal(resumed.losses, whole.losses)
+    assert torch.equal(resumed.grad_norms, whole.grad_norms)
 
 
 def test_run_with_dropout_resumes_bit_for_bit_too(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, network={**SETTINGS.network, "dropout": 0.3})
-    whole = train(settings, Noise(), new_state(settings, CPU))
-    half = train(settings, Noise(), new_state(settings, CPU), until=7)
+    whole = train(WITH_DROPOUT, Noise(), new_state(WITH_DROPOUT, CPU))
+    half = train(WITH_DROPOUT, Noise(), new_state(WITH_DROPOUT, CPU), until=7)
     save_checkpoint(half, tmp_path, "key")
-    resumed = new_state(settings, CPU)
+    resumed = new_state(WITH_DROPOUT, CPU)
     load_checkpoint(resumed, tmp_path, "key")
-    assert torch.equal(weights(train(settings, Noise(), resumed)), weights(whole))
+    assert torch.equal(weights(train(WITH_DROPOUT, Noise(), resumed)), weights(whole))
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_workers_together_see_the_batch_of_one_worker(world_size: int) -> None:
-    schedule, condition = make_schedule(**SETTINGS.schedule), ConditionSpec(**SETTINGS.network["condition"])
-
-    def batches(rank: int, size: int) -> list[dict]:
-        return [batch for _, batch in _batches(SETTINGS, Noise(), schedule, condition, 3, 6, rank, size, CPU)]
-
-    alone = batches(0, 1)
-    shares = [batches(rank, world_size) for rank in range(world_size)]
-    for step, batch in enumerate(alone):
+@pytest.mark.parametrize("world_size", [2, 3, 5, 7, 8])
+def test_workers_with_uneven_shares_together_see_the_batch_of_one_worker(world_size: int) -> None:
+    shares = [batches(SETTINGS, 3, 6, rank, world_size) for rank in range(world_size)]
+    sizes = [len(share[0]["x0"]) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    for step, batch in enumerate(batches(SETTINGS, 3, 6)):
         for name in ("x0", "t", "eps", "condition"):
             assert torch.equal(torch.cat([share[step][name] for share in shares]), batch[name]), name
 
 
-def test_every_epoch_shows_each_image_once_in_an_order_of_its_own() -> None:
-    first, second = (dataset_indices(0, 20, np.arange(20 * e, 20 * (e + 1))) for e in (0, 1))
-    assert sorted(first) == sorted(second) == list(range(20))
-    assert not np.array_equal(first, second)
-    across = dataset_indices(0, 20, np.arange(15, 25))
-    assert np.array_equal(across, np.concatenate([first[15:], second[:5]]))
+def test_64_images_on_3_workers_are_shared_as_22_21_and_21() -> None:
+    shares = [share_of_batch(64, rank, 3) for rank in range(3)]
+    assert [len(share) for share in shares] == [22, 21, 21]
+    assert [position for share in shares for position in share] == list(range(64))
 
 
-def test_conditions_are_dropped_as_often_as_asked() -> None:
+def gradient(settings: TrainSettings, rank: int = 0, world_size: int = 1) -> torch.Tensor:
+    """Return the gradient of the first step on one rank, before DDP would average it."""
+    parts: dict[int, torch.Tensor] = {}
+
+    def watched(network: nn.Module) -> nn.Module:
+        for number, parameter in enumerate(network.parameters()):
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, number=number: parts.__setitem__(number, p.grad.clone().flatten())
+            )
+        return network
+
+    train(settings, Noise(), new_state(settings, CPU), rank=rank, world_size=world_size, wrap=watched, until=1)
+    return torch.cat([parts[number] for number in sorted(parts)])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 7])
+def test_mean_gradient_of_workers_with_dropout_is_that_of_one_worker(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "all_gather", lambda shares, own: [share.copy_(own) for share in shares])
+    monkeypatch.setattr(dist, "all_reduce", lambda flags, op: None)
+    mean = sum(gradient(WITH_DROPOUT, rank, world_size) for rank in range(world_size)) / world_size
+    alone = gradient(WITH_DROPOUT)
+    assert (mean - alone).norm() < 1e-5 * alone.norm()
+
+
+def test_conditions_are_dropped_with_the_given_share() -> None:
     settings = replace(SETTINGS, batch_size=2000, condition_dropout=0.3, steps=1)
-    schedule, condition = make_schedule(**SETTINGS.schedule), ConditionSpec(**SETTINGS.network["condition"])
-    [(_, batch)] = list(_batches(settings, Noise(), schedule, condition, 0, 1, 0, 1, CPU))
+    [batch] = batches(settings, 0, 1)
     assert (batch["condition"] == 3).float().mean() == pytest.approx(0.3, abs=0.04)
     assert batch["t"].min() >= 0
     assert batch["t"].max() < 100
     assert batch["t"].double().mean() == pytest.approx(49.5, abs=3)
+
+
+def test_rows_do_not_depend_on_the_cadence_of_hooks() -> None:
+    logged: dict[int, list] = {}
+    states = {}
+    for every in (1, 3, 5, 100):
+        own = logged[every] = []
+        hooks = Hooks(log_every=every, checkpoint_every=every + 1, on_log=lambda p, own=own: own.append(dict(p.row)))
+        states[every] = train(SETTINGS, Noise(), new_state(SETTINGS, CPU), hooks)
+    for every, state in states.items():
+        assert torch.equal(weights(state), weights(states[1]))
+        assert torch.equal(state.losses, states[1].losses)
+        assert rows(SETTINGS, states[1], every) == logged[every]
+    assert [row["step"] for row in logged[5]] == [5, 10, 12]
+    assert logged[5][1]["loss"] == pytest.approx(np.mean([row["loss"] for row in logged[1][5:10]]))
+    assert logged[5][2]["loss"] == pytest.approx(np.mean([row["loss"] for row in logged[1][10:]]))
+
+
+def test_history_survives_a_resume_with_another_log_every(tmp_path: Path) -> None:
+    whole = train(SETTINGS, Noise(), new_state(SETTINGS, CPU))
+    half = train(SETTINGS, Noise(), new_state(SETTINGS, CPU), Hooks(log_every=2), until=7)
+    assert [row["step"] for row in rows(SETTINGS, half, 3)] == [3, 6], "a row that is not complete is not shown"
+    save_checkpoint(half, tmp_path, "key")
+    resumed = new_state(SETTINGS, CPU)
+    load_checkpoint(resumed, tmp_path, "key")
+    logged: list = []
+    train(SETTINGS, Noise(), resumed, Hooks(log_every=4, on_log=lambda p: logged.append(dict(p.row))))
+    assert rows(SETTINGS, resumed, 4) == rows(SETTINGS, whole, 4)
+    assert logged == rows(SETTINGS, whole, 4)[1:]
 
 
 def test_training_learns_images_that_their_class_decides() -> None:
@@ -134,13 +198,51 @@ def test_training_learns_images_that_their_class_decides() -> None:
     images.images = (images.labels * 100).to(torch.uint8).view(20, 1, 1, 1).expand(20, 1, 8, 8)
     settings = replace(SETTINGS, steps=200, batch_size=16, learning_rate=4e-3, condition_dropout=0.0)
     state = train(settings, images, new_state(settings, CPU))
-    assert state.history[-1]["loss"] < 0.3 * state.history[0]["loss"]
+    assert state.losses[-10:].mean() < 0.3 * state.losses[:10].mean()
 
 
-def test_diverged_training_names_the_settings() -> None:
+@pytest.mark.parametrize(
+    ("learning_rate", "where"),
+    [(1e30, "losses"), (1e39, "weights, EMA weights not finite at step 1$")],
+)
+def test_diverged_state_is_never_checkpointed(learning_rate: float, where: str) -> None:
+    """At 1e39 the first update overflows while the loss before it is finite."""
+    settings = replace(SETTINGS, learning_rate=learning_rate, warmup_steps=0, steps=40)
+    finite: list[bool] = []
+    hooks = Hooks(
+        log_every=1000, checkpoint_every=1, on_checkpoint=lambda s: finite.append(bool(weights(s).isfinite().all()))
+    )
+    with pytest.raises(TrainingDivergedError, match=where):
+        train(settings, Noise(), new_state(settings, CPU), hooks)
+    assert all(finite)
+
+
+def test_diverged_state_is_noticed_at_the_next_log_step() -> None:
     settings = replace(SETTINGS, learning_rate=1e30, warmup_steps=0, steps=40)
-    with pytest.raises(TrainingDivergedError, match=r"train\.learning_rate"):
-        train(settings, Noise(), new_state(settings, CPU), Hooks(log_every=1))
+    logged: list = []
+    hooks = Hooks(log_every=10, on_log=logged.append)
+    with pytest.raises(TrainingDivergedError, match="not finite at step 10"):
+        train(settings, Noise(), new_state(settings, CPU), hooks)
+    assert logged == []
+
+
+def test_sample_picture_without_memory_does_not_stop_training_and_comes_after_the_checkpoint(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saved: list[int] = []
+
+    def on_sample(state: TrainState) -> None:
+        assert saved[-1] == state.step
+        raise torch.OutOfMemoryError("no memory")
+
+    hooks = Hooks(checkpoint_every=6, sample_every=6, on_checkpoint=lambda s: saved.append(s.step), on_sample=on_sample)
+    state = train(SETTINGS, Noise(), new_state(SETTINGS, CPU), hooks)
+    assert state.step == 12
+    assert saved == [6, 12]
+    assert [record.message for record in caplog.records] == [
+        "step 6: no GPU memory for the sample picture; it is skipped",
+        "step 12: no GPU memory for the sample picture; it is skipped",
+    ]
 
 
 def test_learning_rate_rises_and_falls() -> None:
@@ -169,18 +271,25 @@ def test_torn_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
         check_checkpoint(tmp_path, "key")
 
 
-def test_precision_follows_the_hardware_only_when_asked() -> None:
-    assert resolve_precision("fp32", CPU) is torch.float32
-    assert resolve_precision("bf16", CPU) is torch.bfloat16
-    assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
+def test_checkpoint_names_the_device_and_torch_of_its_process(tmp_path: Path) -> None:
+    save_checkpoint(train(SETTINGS, Noise(), new_state(SETTINGS, CPU), until=1), tmp_path, "key")
+    assert origin_of(tmp_path) == {"torch": torch.__version__, "device_type": "cpu"}
+
+
+def test_precision_decides_the_type_of_autocast() -> None:
+    assert autocast_dtype(SETTINGS) is torch.float32
+    assert autocast_dtype(replace(SETTINGS, precision="bf16")) is torch.bfloat16
+    with pytest.raises(AssertionError, match="must be resolved"):
+        autocast_dtype(replace(SETTINGS, precision="auto"))
 
 
 def test_bf16_training_stays_near_float32() -> None:
-    rows = {}
+    losses = {}
     for precision in ("fp32", "bf16"):
         settings = replace(SETTINGS, precision=precision)
-        rows[precision] = train(settings, Noise(), new_state(settings, CPU)).history[-1]["loss"]
-    assert rows["bf16"] == pytest.approx(rows["fp32"], rel=0.05)
+        losses[precision] = train(settings, Noise(), new_state(settings, CPU)).losses
+    assert losses["bf16"].mean() == pytest.approx(losses["fp32"].mean().item(), rel=0.05)
+    assert not torch.equal(losses["bf16"], losses["fp32"])
 
 
 def test_model_of_a_state_carries_the_ema_weights(tmp_path: Path) -> None:
@@ -192,18 +301,34 @@ def test_model_of_a_state_carries_the_ema_weights(tmp_path: Path) -> None:
     assert model.condition_dropout == 0.5
 
 
-def test_grid_shows_every_image_in_its_place() -> None:
-    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 4, 4) * 40
-    picture = np.asarray(image_grid(images, columns=3, scale=2, gap=1))
-    assert picture.shape == (2 * 9 + 1, 3 * 9 + 1)
-    for index in range(6):
-        top, left = 1 + (index // 3) * 9, 1 + (index % 3) * 9
-        assert (picture[top : top + 8, left : left + 8] == index * 40).all()
-
-
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", True), ("bf16", False)])
-def test_network_and_batch_lie_as_their_precision_wants(precision: str, expected: bool) -> None:
+def test_memory_format_follows_the_precision(precision: str, expected: bool) -> None:
     settings = replace(SETTINGS, precision=precision)
     state = new_state(settings, torch.device("cpu"))
     weight = next(value for name, value in state.network.named_parameters() if name.endswith("conv1.weight"))
     assert weight.is_contiguous(memory_format=torch.channels_last) == expected
+
+
+def test_choice_of_the_search_and_the_resolved_precision_reach_the_loop() -> None:
+    manifest = Manifest({}, {}, (8, 8, 1), ("a", "b"), {}, [], {}, "hash")
+    params = load_params(ROOT / "params.yaml")
+    overrides = {"schedule": "linear", "objective": "eps", "weighting": "snr", "learning_rate": 0.5}
+    used = with_overrides(params, overrides, "best.yaml")
+    plain, tuned = (train_settings(each.train, 7, manifest, "bf16") for each in (params, used))
+    assert (plain.schedule["name"], plain.objective) == ("cosine", "v")
+    assert (tuned.schedule["name"], tuned.objective, tuned.weighting) == ("linear", "eps", "snr")
+    assert tuned.learning_rate == 0.5
+    assert (tuned.seed, tuned.precision) == (7, "bf16")
+    assert tuned.network["condition"] == {"kind": "class", "size": 2}
+    small = used.train.model_copy(update={"steps": 3})
+    assert train_settings(small, 7, manifest, "fp32").warmup_steps == 3
+
+
+def test_best_yaml_of_another_form_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "best.yaml"
+    path.write_text("overrides: {objective: v}\ntrial: trial-1\ntie: []\n")
+    assert read_overrides(path) == {"objective": "v"}
+    for text in ("- v\n", "trial: trial-1\n", "overrides: {batch_size: 3}\n", "overrides: v\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"best\.yaml: must hold overrides of schedule"):
+            read_overrides(path)

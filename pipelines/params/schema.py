@@ -1,39 +1,41 @@
-"""The schema of params.yaml. Every error is one line that names the key, what was given and what is allowed."""
+"""The schema of params.yaml: everything that decides a result, one section per stage."""
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from pydantic import Field, model_validator
+
+from pipelines.params.run_settings import MOVED_HERE
+from pipelines.params.sections import (
+    MODEL_NAME,
+    SHA256,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Section,
+    parse_section,
+    read_yaml,
+    require,
+)
 
 PARAMS_PATH = Path("params.yaml")
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Eta = Annotated[float, Field(ge=0.0, le=1.0)] | Literal["sigma_hat"]
+Eta = Annotated[
+    Annotated[float, Field(ge=0.0, le=1.0)] | Literal["sigma_hat"],
+    Field(description="a number from 0 to 1, or sigma_hat"),
+]
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
 ObjectiveName = Literal["eps", "x0", "v"]
 WeightingName = Literal["uniform", "snr", "truncated_snr", "snr_plus_one", "min_snr", "p2"]
 SpacingName = Literal["uniform", "leading", "trailing", "linspace", "quadratic"]
 
 
-SHA256 = r"^[0-9a-fA-F]{64}$"
-MODEL_NAME = r"^[^/:.%\"']+$"
-PATTERNS = {SHA256: "64 hexadecimal digits", MODEL_NAME: "a name without / : . % and quotes"}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
 class Prepare(Section):
-    """Where the images come from, and what is made of them."""
+    """The source of the images, and how they are transformed and split."""
 
     source: Literal["digits", "torchvision", "folder"]
     dataset: str | None = None
@@ -49,31 +51,31 @@ class Prepare(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _require(
+        require(
             self.source != "torchvision" or self.dataset is not None,
             "prepare.dataset",
             "null",
-            "with prepare.source torchvision: the name of a class of torchvision.datasets, MNIST say",
+            "with prepare.source torchvision: the name of a class of torchvision.datasets, such as MNIST",
         )
-        _require(
+        require(
             self.source != "torchvision" or self.root is not None,
             "prepare.root",
             "null",
-            "with prepare.source torchvision: the folder that holds the data set or is to hold it, data say",
+            "with prepare.source torchvision: the folder of the data set, such as data; it is downloaded there if it is missing",
         )
-        _require(
+        require(
             self.source != "folder" or self.root is not None,
             "prepare.root",
             "null",
             "with prepare.source folder: the folder that holds <class>/<image> files",
         )
-        _require(
+        require(
             self.source == "torchvision" or self.dataset is None,
             "prepare.dataset",
             repr(self.dataset),
             f"only with prepare.source torchvision, not {self.source}: set it to null",
         )
-        _require(
+        require(
             self.source != "digits" or self.root is None,
             "prepare.root",
             repr(self.root),
@@ -94,23 +96,23 @@ class Reference(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for key in ("inception_weights", "inception_sha256"):
-            _require(
+            require(
                 self.extractor != "classifier" or getattr(self, key) is None,
                 f"reference.{key}",
                 repr(getattr(self, key)),
                 "only with reference.extractor inception-v3-compat: set it to null",
             )
-        _require(
+        require(
             self.inception_sha256 is None or self.inception_weights is not None,
             "reference.inception_sha256",
             repr(self.inception_sha256),
-            "only together with reference.inception_weights, the file that it is the hash of",
+            "only together with reference.inception_weights, the file with that hash",
         )
         return self
 
 
 class SearchSpace(Section):
-    """What the trials choose from."""
+    """The values that trials choose from."""
 
     schedule: Annotated[list[ScheduleName], Field(min_length=1)]
     objective: Annotated[list[ObjectiveName], Field(min_length=1)]
@@ -120,7 +122,7 @@ class SearchSpace(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         low, high = self.learning_rate
-        _require(
+        require(
             low <= high,
             "tune.space.learning_rate",
             f"[{low:g}, {high:g}]",
@@ -130,23 +132,20 @@ class SearchSpace(Section):
 
 
 class Tune(Section):
-    """The search: trials of a few steps each, compared by a quick FID."""
+    """The search: short trials, compared by a quick FID."""
 
     enabled: bool = True
     num_trials: PositiveInt
-    max_concurrent: PositiveInt = 2
-    cpus_per_trial: Positive = 1.0
-    gpus_per_trial: NonNegative = 0.0
     steps: PositiveInt
     grace_steps: PositiveInt
     reduction_factor: Annotated[int, Field(ge=2)] = 2
-    num_samples: Annotated[int, Field(ge=2)] = 512
+    num_samples: Annotated[int, Field(ge=16)] = 512
     ddim_steps: PositiveInt = 10
     space: SearchSpace
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _require(
+        require(
             self.grace_steps <= self.steps,
             "tune.grace_steps",
             str(self.grace_steps),
@@ -156,13 +155,13 @@ class Tune(Section):
 
 
 class Network(Section):
-    """The network that is trained."""
+    """The network to train."""
 
     name: Literal["unet", "context_unet"] = "unet"
     channels: PositiveInt
-    multipliers: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 2]
+    multipliers: Annotated[list[PositiveInt], Field(min_length=1, default_factory=lambda: [1, 2])]
     num_res_blocks: PositiveInt = 1
-    attention_sizes: list[PositiveInt] = []
+    attention_sizes: Annotated[list[PositiveInt], Field(default_factory=list)]
     dropout: Fraction = 0.0
 
 
@@ -177,13 +176,13 @@ class Diffusion(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _require(
+        require(
             not (self.zero_terminal_snr and self.objective == "eps"),
             "train.diffusion.objective",
             "'eps'",
-            "v or x0 together with train.diffusion.zero_terminal_snr true: at a zero SNR eps says nothing of x0",
+            "v or x0 together with train.diffusion.zero_terminal_snr true: at zero SNR, eps carries no information about x0",
         )
-        _require(
+        require(
             not (self.zero_terminal_snr and self.num_steps < 2),
             "train.diffusion.num_steps",
             "1",
@@ -193,11 +192,8 @@ class Diffusion(Section):
 
 
 class Train(Section):
-    """Training with Ray Train."""
+    """The training run."""
 
-    num_workers: PositiveInt = 2
-    cpus_per_worker: Positive = 1.0
-    gpus_per_worker: NonNegative = 0.0
     steps: PositiveInt
     batch_size: PositiveInt
     learning_rate: Positive
@@ -209,22 +205,12 @@ class Train(Section):
     condition_dropout: Fraction = 0.1
     horizontal_flip: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    log_every: PositiveInt = 10
-    checkpoint_every: PositiveInt = 100
-    sample_every: PositiveInt = 500
-    max_failures: Annotated[int, Field(ge=0)] = 3
     network: Network
     diffusion: Diffusion
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _require(
-            self.batch_size % self.num_workers == 0,
-            "train.batch_size",
-            str(self.batch_size),
-            f"a multiple of train.num_workers ({self.num_workers}), so that each worker has an equal share",
-        )
-        _require(
+        require(
             self.warmup_steps <= self.steps,
             "train.warmup_steps",
             str(self.warmup_steps),
@@ -236,25 +222,25 @@ class Train(Section):
 class Evaluate(Section):
     """The sweep: every eta with every number of steps."""
 
-    etas: Annotated[list[Eta], Field(min_length=1)]
+    etas: Annotated[list[Eta], Field(min_length=1, description="a number from 0 to 1, or sigma_hat")]
     steps: Annotated[list[PositiveInt], Field(min_length=1)]
     num_samples: Annotated[int, Field(ge=2)]
-    shard_size: PositiveInt = 500
-    batch_size: PositiveInt = 125
+    shard_size: PositiveInt = 256
+    batch_size: Annotated[PositiveInt | Literal["auto"], Field(description="a whole number of at least 1, or auto")] = (
+        "auto"
+    )
     guidance_scale: NonNegative = 1.0
     spacing: SpacingName = "trailing"
-    grid_rows: Annotated[int, Field(ge=1, le=32)] = 4
-    cpus_per_task: Positive = 1.0
-    gpus_per_task: NonNegative = 0.0
-    max_retries: Annotated[int, Field(ge=0)] = 3
+    picture_rows: Annotated[int, Field(ge=1, le=32)] = 4
+    trajectory_images: Annotated[int, Field(ge=1, le=32)] = 8
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for key in ("etas", "steps"):
             values = getattr(self, key)
-            _require(len(set(values)) == len(values), f"evaluate.{key}", str(values), "each value once")
-        _require(
-            self.shard_size % self.batch_size == 0,
+            require(len(set(values)) == len(values), f"evaluate.{key}", str(values), "each value once")
+        require(
+            self.batch_size == "auto" or self.shard_size % self.batch_size == 0,
             "evaluate.shard_size",
             str(self.shard_size),
             f"a multiple of evaluate.batch_size ({self.batch_size})",
@@ -274,26 +260,10 @@ class Report(Section):
     """The page."""
 
     title: Annotated[str, Field(min_length=1)]
-    trajectory_images: Annotated[int, Field(ge=1, le=32)] = 8
-
-
-class Ray(Section):
-    """Where Ray runs. Changes of this section re-run nothing."""
-
-    address: str | None = None
-    num_cpus: PositiveInt | None = None
-    storage: Annotated[str, Field(min_length=1)] = "runs"
-
-
-class Tracking(Section):
-    """Where MLflow writes. Changes of this section re-run nothing."""
-
-    uri: str | None = None
-    experiment: Annotated[str, Field(min_length=1)] = "rediffuse"
 
 
 class Params(Section):
-    """The whole of params.yaml: one section a stage, and where things run."""
+    """The whole of params.yaml: the seed, and one section per stage."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     prepare: Prepare
@@ -303,15 +273,13 @@ class Params(Section):
     evaluate: Evaluate
     register_: Annotated[Register, Field(alias="register")]
     report: Report
-    ray: Ray = Ray()
-    tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         network, diffusion, size = self.train.network, self.train.diffusion, self.prepare.image_size
         if network.name == "unet":
             factor = 2 ** (len(network.multipliers) - 1)
-            _require(
+            require(
                 size % factor == 0,
                 "prepare.image_size",
                 str(size),
@@ -320,43 +288,44 @@ class Params(Section):
             )
             levels = [size // 2**level for level in range(len(network.multipliers))]
             for attention_size in network.attention_sizes:
-                _require(
+                require(
                     attention_size in levels,
                     "train.network.attention_sizes",
                     str(network.attention_sizes),
                     f"sizes of the network's levels, which are {levels} for prepare.image_size {size}",
                 )
         else:
-            _require(
+            require(
                 size % 4 == 0, "prepare.image_size", str(size), "a multiple of 4 with train.network.name context_unet"
             )
-        _require(
+        require(
             not (diffusion.zero_terminal_snr and self.tune.enabled and "eps" in self.tune.space.objective),
             "tune.space.objective",
             str(self.tune.space.objective),
-            "v and x0 together with train.diffusion.zero_terminal_snr true: at a zero SNR eps says nothing of x0",
+            "v and x0 together with train.diffusion.zero_terminal_snr true: at zero SNR, eps carries no information about x0",
         )
+        self._check_first_trial()
         counted = [("evaluate.steps", steps) for steps in self.evaluate.steps]
         for key, steps in [*counted, ("tune.ddim_steps", self.tune.ddim_steps)]:
-            _require(
+            require(
                 steps <= diffusion.num_steps,
                 key,
                 str(steps),
                 f"at most train.diffusion.num_steps ({diffusion.num_steps})",
             )
-        _require(
+        require(
             self.evaluate.guidance_scale == 1.0 or self.train.condition_dropout > 0.0,
             "evaluate.guidance_scale",
             f"{self.evaluate.guidance_scale:g}",
-            "1 with train.condition_dropout 0: guidance needs a model that was trained with its condition dropped at times",
+            "1 with train.condition_dropout 0: guidance needs a model that was trained with condition dropout",
         )
-        _require(
+        require(
             self.register_.steps in self.evaluate.steps,
             "register.steps",
             str(self.register_.steps),
             f"one of evaluate.steps {self.evaluate.steps}: the gate compares at a setting of the sweep",
         )
-        _require(
+        require(
             self.register_.eta in self.evaluate.etas,
             "register.eta",
             str(self.register_.eta),
@@ -364,14 +333,36 @@ class Params(Section):
         )
         return self
 
+    def _check_first_trial(self) -> None:
+        """The search's first trial is train's own settings, so they must lie in its space."""
+        if not self.tune.enabled:
+            return
+        space, diffusion = self.tune.space, self.train.diffusion
+        for name in ("schedule", "objective", "weighting"):
+            require(
+                getattr(diffusion, name) in getattr(space, name),
+                f"train.diffusion.{name}",
+                repr(getattr(diffusion, name)),
+                f"one of tune.space.{name} {getattr(space, name)}: the search's first trial is train's own settings",
+            )
+        low, high = space.learning_rate
+        require(
+            low <= self.train.learning_rate <= high,
+            "train.learning_rate",
+            f"{self.train.learning_rate:g}",
+            f"within tune.space.learning_rate [{low:g}, {high:g}]: the search's first trial is train's own settings",
+        )
 
-class _Conflict(ValueError):
-    """A setting that is wrong beside another one."""
 
-
-def _require(condition: bool, key: str, given: str, allowed: str) -> None:
-    if not condition:
-        raise _Conflict(f"{key}: given {given}, allowed {allowed}")
+MOVED = {
+    **{
+        old: f"has moved to run.yaml, which decides where and how things run: set {new} there"
+        for old, new in MOVED_HERE.items()
+    },
+    "report.trajectory_images": "has moved: set evaluate.trajectory_images",
+    "evaluate.grid_rows": "has a new name: set evaluate.picture_rows",
+}
+"""Keys that older params.yaml files hold, with the text that names their new place."""
 
 
 def load_params(path: Path = PARAMS_PATH) -> Params:
@@ -380,109 +371,40 @@ def load_params(path: Path = PARAMS_PATH) -> Params:
 
 
 def parse_params(tree: Any, origin: str = "params.yaml") -> Params:
-    """Check a tree of plain values against the schema."""
-    if not isinstance(tree, dict):
-        raise ValueError(f"{origin}: must hold sections ({', '.join(_field_names(Params))}), not {_shown(tree)}")
-    try:
-        return Params.model_validate(tree)
-    except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(item) for item in error.errors()))
-        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-        raise ValueError(f"{origin}: {'; '.join(lines[:3])}{more}") from None
+    """Check a tree of plain values against the schema. Raises ValueError with one line."""
+    return parse_section(Params, tree, origin, MOVED)
 
 
-def read_yaml(path: Path) -> Any:
-    """Plain values from a YAML 1.2 file (so 1e-3 is a number). Raises ValueError naming the file and the line."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return YAML(typ="safe", pure=True).load(file)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text: {error.reason}") from None
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise ValueError(f"{path}: line {line} is not valid YAML: {error.problem}") from None
-    except YAMLError as error:
-        raise ValueError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+def with_overrides(params: Params, overrides: Mapping[str, Any], origin: str) -> Params:
+    """The params with the search's choice of schedule, objective, weighting and learning_rate in the train section.
+
+    Raises ValueError that names ``origin`` and the key if a value is not allowed.
+    """
+    tree = params.train.model_dump()
+    for name, value in overrides.items():
+        section = tree if name == "learning_rate" else tree["diffusion"]
+        section[name] = value
+    return params.model_copy(update={"train": parse_section(Train, tree, f"{origin} (train)")})
 
 
-def _explain(error: Any) -> str:
-    if isinstance(error.get("ctx", {}).get("error"), _Conflict):
-        return str(error["ctx"]["error"])
-    location = tuple(part for part in error["loc"] if not _is_union_branch(part))
-    key, kind, context = _dotted(location), error["type"], error.get("ctx", {})
-    if kind == "missing":
-        return f"{key}: is missing, allowed {_allowed_of(location)}"
-    if kind == "extra_forbidden":
-        names = _field_names(_section_at(location[:-1]))
-        close = difflib.get_close_matches(str(location[-1]), names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{key}: unknown key, given {_shown(error['input'])}, allowed {', '.join(names)}{hint}"
-    phrases = {
-        "greater_than_equal": "at least {ge}",
-        "greater_than": "above {gt}",
-        "less_than_equal": "at most {le}",
-        "less_than": "below {lt}",
-        "literal_error": "{expected}",
-        "int_type": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "bool_type": "true or false",
-        "string_type": "a string",
-        "list_type": "a list",
-        "finite_number": "a finite number",
-        "too_short": "at least {min_length} entries",
-        "too_long": "at most {max_length} entries",
-        "string_too_short": "a string that is not empty",
-        "model_type": "a section of keys",
-        "model_attributes_type": "a section of keys",
-        "dict_type": "a section of keys",
-    }
-    allowed = phrases[kind].format(**context) if kind in phrases else error["msg"]
-    if kind == "string_pattern_mismatch":
-        allowed = PATTERNS[context["pattern"]]
-    if "sigma_hat" in allowed or (location and location[-1] == "eta") or (len(location) > 1 and location[1] == "etas"):
-        allowed = "a number from 0 to 1, or sigma_hat"
-    return f"{key}: given {_shown(error['input'])}, allowed {allowed}"
+def declared_params(params: Params, keys: Sequence[str]) -> Params:
+    """The same params with nothing but ``keys`` (dotted, whole sections or single values).
+
+    A stage gets the params that dvc.yaml declares for it; reading another one raises AttributeError.
+    """
+    return _restricted(params, [key.split(".") for key in keys])
 
 
-def _is_union_branch(part: Any) -> bool:
-    return isinstance(part, str) and (
-        part.startswith(("constrained-", "literal[", "function-")) or part in ("int", "float")
-    )
-
-
-def _dotted(location: tuple[Any, ...]) -> str:
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text or "the file"
-
-
-def _section_at(location: tuple[Any, ...]) -> type[BaseModel]:
-    """The innermost section on the way to ``location``."""
-    model: type[BaseModel] = Params
-    for part in location:
-        for name, field in model.model_fields.items():
-            annotation = field.annotation
-            if part in (name, field.alias) and isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                model = annotation
-                break
-    return model
-
-
-def _allowed_of(location: tuple[Any, ...]) -> str:
-    section = _section_at(location)
-    if section is not _section_at(location[:-1]):
-        return f"a section with {', '.join(_field_names(section))}"
-    return "a value: it has no default"
-
-
-def _field_names(model: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _restricted(section: Any, paths: Sequence[Sequence[str]]) -> Any:
+    names = {field.alias or name: name for name, field in type(section).model_fields.items()}
+    kept: dict[str, Any] = {}
+    for key, name in names.items():
+        below = [path[1:] for path in paths if path[0] == key]
+        if below:
+            value = getattr(section, name)
+            kept[name] = value if any(not path for path in below) else _restricted(value, below)
+    copy = section.model_copy()
+    copy.__dict__.clear()
+    copy.__dict__.update(kept)
+    copy.__pydantic_fields_set__.intersection_update(kept)
+    return copy

@@ -1,0 +1,122 @@
+"""The function that every Ray Train worker runs, and its messages to the driver."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipelines.data.shards import open_split
+from pipelines.ddp.sample_picture import sample_picture
+from pipelines.ddp.surviving_state import hold_worker_lock, newest_checkpoint
+from pipelines.devices import prepare_process
+from pipelines.training.checkpoint import load_checkpoint, save_checkpoint
+from pipelines.training.loop import (
+    Hooks,
+    Progress,
+    TrainingDivergedError,
+    TrainSettings,
+    TrainState,
+    new_state,
+    rows,
+    train,
+)
+
+
+def worker(config: dict[str, Any]) -> None:
+    """Join DDP, load the newest whole checkpoint, train, and report checkpoints to Ray.
+
+    Rank 0 puts its messages into the queue of the config: ``resumed`` with the rows so far, ``rows``, ``picture``, ``diverged``.
+    """
+    import ray.train
+    from ray.train.torch import get_device, prepare_model
+
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    prepare_process(config["threads"])
+    settings = TrainSettings(**config["settings"])
+    key, queue = config["key"], config["queue"]
+    if rank == 0:
+        hold_worker_lock(Path(config["state_dir"]))
+    images = open_split(Path(config["data_dir"]), "train")
+    state = new_state(settings, get_device())
+    if rank == 0:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = newest_checkpoint(config["storage_path"], key, Path(scratch) / "resume")
+            if folder is not None:
+                load_checkpoint(state, folder, key)
+    if world_size > 1:
+        broadcast_state(state, rank)
+    if rank == 0 and state.step:
+        queue.put({"resumed": state.step, "rows": rows(settings, state, config["hooks"]["log_every"])})
+
+    def on_log(progress: Progress) -> None:
+        if rank == 0:
+            speed = {"images_per_s": progress.images_per_s, "seconds_left": progress.seconds_left}
+            queue.actor.put_nowait.remote({"rows": [{**progress.row, **speed}]})
+
+    def on_sample(state: TrainState) -> None:
+        if rank == 0:
+            queue.put({"picture": sample_picture(settings, state), "step": state.step})
+
+    def on_checkpoint(state: TrainState) -> None:
+        metrics = {"step": state.step, "loss": float(state.losses[state.step - 1])}
+        name = f"step_{state.step:08d}"
+        if rank != 0:
+            ray.train.report(metrics, checkpoint_dir_name=name)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(state, Path(folder), key)
+            ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+
+    hooks = Hooks(**config["hooks"], on_log=on_log, on_checkpoint=on_checkpoint, on_sample=on_sample)
+    wrap = (lambda network: prepare_model(network)) if world_size > 1 else (lambda network: network)
+    try:
+        train(settings, images, state, hooks, rank=rank, world_size=world_size, wrap=wrap)
+    except TrainingDivergedError as error:  # on every rank, and again on every retry: end without a failure
+        if rank == 0:
+            queue.put({"diverged": str(error)})
+
+
+def broadcast_state(state: TrainState, rank: int) -> None:
+    """Give every rank the state of rank 0: tensors only, each on the state's own device. Every rank must call it."""
+    device = next(state.network.parameters()).device
+    step = torch.tensor([state.step], device=device)
+    dist.broadcast(step, src=0)
+    state.step = int(step)
+    if not state.step:
+        return
+    if rank != 0:
+        fill_optimizer(state)
+    for tensor in _tensors_of(state):
+        contiguous = tensor.to(device).contiguous()
+        dist.broadcast(contiguous, src=0)
+        tensor.copy_(contiguous)
+
+
+def fill_optimizer(state: TrainState) -> None:
+    """Give AdamW's state its tensors, zero, in the layout that its first step would choose."""
+    for group in state.optimizer.param_groups:
+        for parameter in group["params"]:
+            state.optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+
+def _tensors_of(state: TrainState) -> Iterator[Tensor]:
+    """Yield every tensor of the state in an order that is the same on every rank."""
+    for network in (state.network, state.ema.network):
+        yield from (value.detach() for value in network.state_dict().values())
+    for group in state.optimizer.param_groups:
+        for parameter in group["params"]:
+            slots = state.optimizer.state[parameter]
+            yield from (slots[name].detach() for name in sorted(slots))
+    yield state.losses[: state.step]
+    yield state.grad_norms[: state.step]

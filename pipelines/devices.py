@@ -1,0 +1,68 @@
+"""The device, the threads and the precision of a process: what Ray assigned to it, not what the machine has."""
+
+from __future__ import annotations
+
+import torch
+
+from diffusion_core.networks.memory import keep_freed_memory
+
+
+def prepare_process(threads: int) -> torch.device:
+    """Prepare a Ray task, trial or actor to compute, and return the device that Ray assigned to it.
+
+    On a CPU the process takes ``threads`` threads and keeps freed memory. Raises ValueError if Ray assigned a GPU that torch cannot
+    use, or several GPUs.
+    """
+    device = assigned_device()
+    if device.type == "cpu":
+        prepare_cpu(threads)
+    return device
+
+
+def prepare_cpu(threads: int) -> None:
+    """Take ``threads`` threads, and keep freed memory for the next tensors."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
+def assigned_device() -> torch.device:
+    """The CPU if Ray assigned no GPU to this process, else the GPU. Ray does not hide GPUs from tasks that asked for none.
+
+    Raises ValueError if Ray assigned a GPU that torch cannot use, or several GPUs.
+    """
+    import ray
+
+    ids = ray.get_gpu_ids()
+    if not ids:
+        return torch.device("cpu")
+    if len(ids) > 1:
+        raise ValueError(f"Ray assigned {len(ids)} GPUs to one process, which computes on one: ask for at most 1")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"Ray assigned GPU {ids[0]} to this process, but torch {torch.__version__} cannot use it: install a driver and a "
+            "torch build that fit each other, or set the GPUs to 0 in run.yaml"
+        )
+    return torch.device("cuda:0")
+
+
+def driver_device(device: str = "auto") -> torch.device:
+    """The device of a process that Ray did not start: ``auto`` is cuda if there is a GPU.
+
+    Raises ValueError if ``device`` is cuda and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: given cuda, but torch sees no GPU here: set auto or cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return True if the device multiplies bf16 natively: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(flag)) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def best_precision(device: torch.device) -> str:
+    """bf16 if the device multiplies it natively, else fp32."""
+    return "bf16" if has_bf16(device) else "fp32"

@@ -1,0 +1,1 @@
+"""Labels to samples to features to statistics: shared by trials, the sweep and the gate."""

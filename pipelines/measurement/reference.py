@@ -1,0 +1,108 @@
+"""What samples are compared with, read from the folder that the reference stage wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from diffusion_core.metrics.extractors import FeatureExtractor, ImageClassifier, load_classifier, load_extractor
+from diffusion_core.metrics.statistics import GaussianStatistics
+from diffusion_core.storage import read_json
+
+REMEDY = "run the reference stage again (dvc repro -f reference)"
+DESCRIPTION, CLASSIFIER = "reference.json", "classifier.safetensors"
+STATISTICS, TEST_FEATURES = "statistics.safetensors", "test_features.safetensors"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The feature extractor, the class network, the statistics of the ``train`` images, and reference.json."""
+
+    extractor: FeatureExtractor
+    classifier: ImageClassifier
+    statistics: Mapping[str, GaussianStatistics]
+    description: Mapping[str, Any]
+
+    @property
+    def metric(self) -> str:
+        """The metric's name, with the extractor's in it."""
+        return f"fid_{self.extractor.name}"
+
+    @property
+    def num_features(self) -> int:
+        return len(self.statistics["train"].mean)
+
+    def to(self, device: torch.device) -> Reference:
+        """Move both networks to the device."""
+        self.extractor.to(device)
+        self.classifier.to(device)
+        return self
+
+
+def load_reference(folder: Path, data_hash: str) -> Reference:
+    """Read artifacts/reference. Raises ValueError if it is damaged or was made of other data."""
+    try:
+        description = read_json(folder / DESCRIPTION)
+    except ValueError as error:
+        raise ValueError(f"{error}: {REMEDY}") from None
+    for key in ("data_hash", "extractor", "extractor_digest", "test_fid", "class_counts"):
+        if key not in description:
+            raise ValueError(f"{folder / DESCRIPTION} lacks {key}: {REMEDY}")
+    if description["data_hash"] != data_hash:
+        raise ValueError(
+            f"{folder} was made of data {description['data_hash'][:12]}, not of {data_hash[:12]}: {REMEDY}"
+        )
+    try:
+        extractor = load_extractor(folder)
+        classifier = load_classifier(folder / CLASSIFIER)
+    except ValueError as error:
+        raise ValueError(f"{error}: {REMEDY}") from None
+    if extractor.digest != description["extractor_digest"]:
+        raise ValueError(f"{folder} holds the statistics of another extractor: {REMEDY}")
+    return Reference(extractor, classifier, load_statistics(folder / STATISTICS), description)
+
+
+def save_statistics(statistics: Mapping[str, GaussianStatistics], path: Path) -> None:
+    """Write named statistics as float64 tensors."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, part in statistics.items():
+        tensors[f"{name}.n"] = np.asarray([part.n], dtype=np.int64)
+        tensors[f"{name}.mean"] = np.ascontiguousarray(part.mean)
+        tensors[f"{name}.scatter"] = np.ascontiguousarray(part.scatter)
+    save_file(tensors, path)
+
+
+def load_statistics(path: Path) -> dict[str, GaussianStatistics]:
+    """Read the file of `save_statistics`. Raises ValueError if it is missing or damaged."""
+    try:
+        tensors = load_file(path)
+        names = [key.removesuffix(".n") for key in tensors if key.endswith(".n")]
+        return {
+            n: GaussianStatistics(int(tensors[f"{n}.n"][0]), tensors[f"{n}.mean"], tensors[f"{n}.scatter"])
+            for n in names
+        }
+    except (OSError, SafetensorError, KeyError, IndexError) as error:
+        raise ValueError(f"cannot read {path} ({error}): {REMEDY}") from None
+
+
+def save_test_features(features: np.ndarray, labels: np.ndarray, folder: Path) -> None:
+    """Write the (M, D) float32 features and (M,) int64 labels of the test images into artifacts/reference."""
+    tensors: dict[str, np.ndarray] = {"features": features.astype(np.float32), "labels": labels.astype(np.int64)}
+    save_file(tensors, folder / TEST_FEATURES)
+
+
+def load_test_features(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read (features, labels) of `save_test_features`. Raises ValueError if the file is missing or damaged."""
+    path = folder / TEST_FEATURES
+    try:
+        tensors = load_file(path)
+        return tensors["features"], tensors["labels"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"cannot read {path} ({error}): {REMEDY}") from None

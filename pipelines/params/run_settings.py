@@ -1,0 +1,139 @@
+"""The schema of run.yaml: where and how the stages run. Nothing in it decides a result, so DVC does not track it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipelines.params.sections import (
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Section,
+    parse_section,
+    read_yaml,
+)
+
+RUN_PATH = Path("run.yaml")
+RUN_VARIABLE = "REDIFFUSE_RUN"
+
+Auto = Literal["auto"]
+Count = Annotated[PositiveInt | Auto, Field(description="a whole number of at least 1, or auto")]
+CountOrNone = Annotated[Annotated[int, Field(ge=0)] | Auto, Field(description="a whole number of at least 0, or auto")]
+Cpus = Annotated[Positive | Auto, Field(description="a number above 0, or auto")]
+Gpus = Annotated[NonNegative | Auto, Field(description="a number of at least 0, or auto")]
+
+
+class RayRun(Section):
+    """Which Ray: an address, or a local one on this machine's cores; and the storage that its nodes share."""
+
+    address: str | None = None
+    num_cpus: Count = "auto"
+    storage: Annotated[str, Field(min_length=1)] = "runs"
+
+
+class TrackingRun(Section):
+    """Where MLflow writes."""
+
+    uri: str | None = None
+    experiment: Annotated[str, Field(min_length=1)] = "rediffuse"
+
+
+class ReferenceRun(Section):
+    """How the reference stage runs: in this process."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class TuneRun(Section):
+    """How the search runs."""
+
+    max_concurrent: Count = "auto"
+    cpus_per_trial: Cpus = "auto"
+    gpus_per_trial: Gpus = "auto"
+    max_failures: CountOrNone = "auto"
+
+
+class TrainRun(Section):
+    """How training runs: DDP processes, restarts, and how often it logs, saves and draws."""
+
+    num_workers: Count = "auto"
+    cpus_per_worker: Cpus = "auto"
+    gpus_per_worker: Gpus = "auto"
+    max_failures: CountOrNone = "auto"
+    log_every: Count = "auto"
+    checkpoint_every: Count = "auto"
+    sample_every: Count = "auto"
+
+
+class EvaluateRun(Section):
+    """How the sweep runs."""
+
+    max_concurrent: Count = "auto"
+    cpus_per_task: Cpus = "auto"
+    gpus_per_task: Gpus = "auto"
+    max_retries: CountOrNone = "auto"
+
+
+class RunSettings(Section):
+    """The whole of run.yaml. A section or key that is left out is ``auto``.
+
+    ``resume``: ``auto`` continues state of the same settings, inputs and code; ``force`` also continues state whose code has
+    changed since, and the model's provenance says so.
+    """
+
+    resume: Literal["auto", "force"] = "auto"
+    ray: RayRun = RayRun()
+    tracking: TrackingRun = TrackingRun()
+    reference: ReferenceRun = ReferenceRun()
+    tune: TuneRun = TuneRun()
+    train: TrainRun = TrainRun()
+    evaluate: EvaluateRun = EvaluateRun()
+
+
+MOVED_HERE = {
+    "ray": "ray",
+    "tracking": "tracking",
+    **{f"tune.{key}": f"tune.{key}" for key in ("max_concurrent", "cpus_per_trial", "gpus_per_trial")},
+    **{
+        f"train.{key}": f"train.{key}"
+        for key in (
+            "num_workers",
+            "cpus_per_worker",
+            "gpus_per_worker",
+            "log_every",
+            "checkpoint_every",
+            "sample_every",
+            "max_failures",
+        )
+    },
+    **{f"evaluate.{key}": f"evaluate.{key}" for key in ("cpus_per_task", "gpus_per_task", "max_retries")},
+}
+"""Keys of older params.yaml files, and where they are in run.yaml now."""
+
+
+def run_settings_path() -> Path:
+    """The file that REDIFFUSE_RUN names, or run.yaml in the project."""
+    return Path(os.environ.get(RUN_VARIABLE) or RUN_PATH)
+
+
+def load_run_settings(path: Path | None = None) -> RunSettings:
+    """Read and check run.yaml, or the file that REDIFFUSE_RUN names. Without a run.yaml everything is ``auto``.
+
+    Raises ValueError with one line that names the key that is wrong, or the file that REDIFFUSE_RUN names and does not exist.
+    """
+    path = path or run_settings_path()
+    if path == RUN_PATH and not path.exists():
+        return RunSettings()
+    tree = read_yaml(path)
+    return parse_run_settings({} if tree is None else tree, str(path))
+
+
+def parse_run_settings(tree: object, origin: str = "run.yaml") -> RunSettings:
+    """Check a tree of plain values against the schema; a section without keys is all ``auto``."""
+    if isinstance(tree, dict):
+        tree = {key: {} if value is None and key != "resume" else value for key, value in tree.items()}
+    return parse_section(RunSettings, tree, origin)

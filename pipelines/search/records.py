@@ -1,0 +1,56 @@
+"""The settings that a trial tries, and what its rungs measure."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+
+FAILED_FID = 1e9
+"""The quick FID of a diverged trial: worse than that of any image, and still a number."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings that a trial uses in place of train's own."""
+
+    schedule: str
+    objective: str
+    weighting: str
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """The trial's name in trials.csv, in MLflow and on disk: a hash of its settings, the same in every search."""
+        text = "/".join(f"{name}={value}" for name, value in sorted(asdict(self).items()))
+        return f"trial-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.schedule}, {self.objective}, {self.weighting}, {self.learning_rate:.2e})"
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A trial judged at a rung, after ``step`` training steps.
+
+    ``leave_one_out``: the quick FID without each of the fixed groups of sample indices, in the order of the groups; empty for
+    a diverged trial, whose ``fid`` is `FAILED_FID`. ``loss`` is for display only: losses of different objectives and
+    schedules cannot be compared.
+    """
+
+    step: int
+    fid: float
+    leave_one_out: tuple[float, ...] = ()
+    loss: float | None = None
+
+    @property
+    def diverged(self) -> bool:
+        return self.fid >= FAILED_FID
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial of the search with its result at the last rung that judged it. Numbers count proposals from 0."""
+
+    number: int
+    choice: Choice
+    result: TrialResult

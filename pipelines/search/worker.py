@@ -1,0 +1,157 @@
+"""What a Ray Tune trial runs, and the folder that keeps its results and its checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyarrow import fs
+
+from diffusion_core.storage import atomic_folder, write_text
+from pipelines.cluster import is_uri
+from pipelines.data.shards import open_split
+from pipelines.devices import prepare_process
+from pipelines.measurement.reference import Reference, load_reference
+from pipelines.search.records import Choice, TrialResult
+from pipelines.search.trial import judge_rung, trial_settings
+from pipelines.stage import log
+from pipelines.training.checkpoint import load_checkpoint, save_checkpoint
+from pipelines.training.loop import TrainSettings, TrainState, new_state
+
+
+@dataclass(frozen=True)
+class TrialWork:
+    """What all trials share. ``storage`` is a folder or a URI; paths are absolute, because trials run elsewhere."""
+
+    settings: TrainSettings
+    data_dir: str
+    reference_dir: str
+    data_hash: str
+    storage: str
+    key: str
+    num_samples: int
+    ddim_steps: int
+    threads: int
+
+
+def run_rung(config: Mapping[str, Any], work: TrialWork) -> None:
+    """Judge the trial ``config["choice"]`` at step ``config["rung"]``, and report its ``fid`` to Ray Tune.
+
+    Resumes from the trial's checkpoint of an earlier rung. Does nothing if the trial's folder has the result already.
+    """
+    from ray import tune
+
+    choice, rung = Choice(**config["choice"]), int(config["rung"])
+    folder = TrialFolder(work.storage, choice)
+    with folder.locked():
+        result = folder.result(rung)
+        if result is None:
+            device = prepare_process(work.threads)
+            settings, key = trial_settings(work.settings, choice), f"{work.key}/{choice.name}"
+            state = new_state(settings, device)
+            folder.restore(state, key, rung)
+            images = open_split(Path(work.data_dir), "train")
+            reference = _load_reference(work.reference_dir, work.data_hash, str(device))
+            result = judge_rung(
+                settings, state, images, reference, rung, num_samples=work.num_samples, ddim_steps=work.ddim_steps
+            )
+            if not result.diverged:
+                folder.save_checkpoint(state, key)
+            folder.save_result(result)
+    tune.report({"fid": result.fid})
+
+
+class TrialFolder:
+    """The folder ``<storage>/trials/<name>`` of a trial, local or at a URI: one result per rung, and the newest checkpoint."""
+
+    def __init__(self, storage: str, choice: Choice) -> None:
+        self.local = not is_uri(storage)
+        self.filesystem: fs.FileSystem = fs.LocalFileSystem()
+        self.path = f"{storage.rstrip('/')}/trials/{choice.name}"
+        if not self.local:
+            self.filesystem, self.path = fs.FileSystem.from_uri(self.path)
+
+    def result(self, step: int) -> TrialResult | None:
+        """Return the result at a rung; None if it is missing or damaged."""
+        try:
+            with self.filesystem.open_input_stream(self._result_path(step)) as file:
+                content = json.loads(file.read())
+            return TrialResult(**{**content, "leave_one_out": tuple(content["leave_one_out"])})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save_result(self, result: TrialResult) -> None:
+        text = json.dumps(asdict(result), allow_nan=False) + "\n"
+        if self.local:
+            write_text(Path(self._result_path(result.step)), text)
+            return
+        self.filesystem.create_dir(self.path, recursive=True)
+        with self.filesystem.open_output_stream(self._result_path(result.step)) as file:  # complete when it is closed
+            file.write(text.encode())
+
+    def save_checkpoint(self, state: TrainState, key: str) -> None:
+        """Write the checkpoint of ``state``, then remove the older ones."""
+        path = f"{self.path}/step_{state.step:08d}"
+        if self.local:
+            with atomic_folder(Path(path)) as folder:
+                save_checkpoint(state, folder, key)
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                save_checkpoint(state, Path(scratch), key)
+                self.filesystem.create_dir(path, recursive=True)
+                fs.copy_files(scratch, path, destination_filesystem=self.filesystem)
+        for step, older in self._checkpoints():
+            if step < state.step:
+                self.filesystem.delete_dir(older)
+
+    def restore(self, state: TrainState, key: str, most: int) -> None:
+        """Load the newest complete checkpoint of at most ``most`` steps into ``state``, if there is one."""
+        for step, path in self._checkpoints():
+            if step > most:
+                continue
+            try:
+                if self.local:
+                    load_checkpoint(state, Path(path), key)
+                else:
+                    with tempfile.TemporaryDirectory() as scratch:
+                        fs.copy_files(path, scratch, source_filesystem=self.filesystem)
+                        load_checkpoint(state, Path(scratch), key)
+                return
+            except ValueError as error:
+                log.warning("checkpoint skipped: %s", error)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Wait until no process of an earlier, killed search works on this trial. At a URI there is no lock."""
+        if not self.local:
+            yield
+            return
+        Path(self.path).mkdir(parents=True, exist_ok=True)
+        with open(f"{self.path}/lock", "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _checkpoints(self) -> list[tuple[int, str]]:
+        """Return (step, path) of the checkpoints, the newest first."""
+        listing = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        found = [(int(info.base_name[5:]), info.path) for info in listing if info.base_name.startswith("step_")]
+        return sorted(found, reverse=True)
+
+    def _result_path(self, step: int) -> str:
+        return f"{self.path}/rung_{step:05d}.json"
+
+
+@lru_cache(maxsize=1)
+def _load_reference(folder: str, data_hash: str, device: str) -> Reference:
+    reference = load_reference(Path(folder), data_hash)
+    reference.extractor.to(torch.device(device))
+    reference.classifier.to(device)
+    return reference

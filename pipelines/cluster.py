@@ -5,32 +5,38 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from diffusion_core.storage import write_text
 from pipelines.devices import best_precision
+from pipelines.identity import State
 from pipelines.params import RayRun
-from pipelines.resources import Node
+from pipelines.resources import Node, TaskPlan, TrainingPlan
 from pipelines.stage import log, quiet_environment
+
+_started_here = False
+"""Whether `ray_session` started the Ray that is in use."""
 
 
 @contextmanager
 def ray_session(settings: RayRun) -> Iterator[None]:
     """Join the cluster of ``ray.address`` or RAY_ADDRESS, else start a local Ray on this machine's cores; leave it at the end.
 
-    The local Ray takes token authentication. A cluster is joined as its owner set it up: RAY_AUTH_MODE is left alone.
+    The local Ray uses token authentication. For a cluster, RAY_AUTH_MODE stays unchanged.
     Raises ValueError if the cluster cannot be reached.
     """
+    global _started_here
     quiet_environment()
     address = settings.address or os.environ.get("RAY_ADDRESS") or None
     local = address in (None, "local")
-    if local:
+    if local and "ray" not in sys.modules:  # Ray reads the variable when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
@@ -55,31 +61,43 @@ def ray_session(settings: RayRun) -> Iterator[None]:
         try:
             ray.init(
                 address=address,
-                runtime_env={"py_modules": packages, "env_vars": _passed_on()},
+                runtime_env={"py_modules": packages, "env_vars": _forwarded_environment()},
                 logging_level=logging.WARNING,
             )
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
             raise _no_cluster(address, error) from None
+    _started_here = local
     total = ray.cluster_resources()
-    log.info("Ray: %d node(s), %g CPUs, %g GPUs", len(cluster_nodes()), total.get("CPU", 0), total.get("GPU", 0))
+    log.info("Ray: %d node(s), %g CPUs, %g GPUs", len(_alive_nodes()), total.get("CPU", 0), total.get("GPU", 0))
     try:
         yield
     finally:
+        _started_here = False
         ray.shutdown()
 
 
 def cluster_nodes() -> list[Node]:
-    """The CPUs and GPUs of each node that is alive."""
-    import ray
+    """Return the CPUs and GPUs of each node that is alive. GPUs of the local Ray that torch cannot use do not count."""
+    nodes = [Node(each["Resources"].get("CPU", 0.0), each["Resources"].get("GPU", 0.0)) for each in _alive_nodes()]
+    if _is_local() and any(node.gpus for node in nodes) and not torch.cuda.is_available():
+        log.warning("torch %s cannot use the GPUs of this machine: computing on the CPU", torch.__version__)
+        nodes = [Node(node.cpus) for node in nodes]
+    return nodes
 
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in resources]
+
+def place(plan: TrainingPlan | TaskPlan) -> None:
+    """Log what the plan takes and why. Raises ValueError if the cluster can never hold it."""
+    log.info("%s", plan.reason)
+    if plan.warning:
+        log.warning("%s", plan.warning)
+    check_resources(plan.processes, plan.cpus, plan.gpus, plan.request, plan.remedy)
 
 
 def resolve_precision(precision: str, device_type: Literal["cpu", "cuda"]) -> str:
-    """``fp32`` or ``bf16``: an explicit precision as it is; ``auto`` is bf16 if every node that can compute multiplies it natively.
+    """Return ``fp32`` or ``bf16``. An explicit precision is returned unchanged; ``auto`` is bf16 if every node multiplies bf16 natively.
 
     Every node with that type of device is asked once, so that all workers, and all workers of a later resume, agree.
+    Raises ValueError if a node has a GPU that torch cannot use.
     """
     if precision != "auto":
         return precision
@@ -87,20 +105,14 @@ def resolve_precision(precision: str, device_type: Literal["cpu", "cuda"]) -> st
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     resource = "GPU" if device_type == "cuda" else "CPU"
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    able = [node for node in nodes if node["Resources"].get(resource, 0.0) > 0]
-    if len(nodes) < 2:
-        answers = [best_precision(torch.device(device_type))]
+    if _is_local():
+        answers = [_best_precision(device_type)]
     else:
         ask = ray.remote(num_cpus=0)(_best_precision)
+        able = [node["NodeID"] for node in _alive_nodes() if node["Resources"].get(resource, 0.0) > 0]
+        strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in able]
         answers = ray.get(
-            [
-                ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                    device_type
-                )
-                for node in able
-            ],
-            timeout=120,
+            [ask.options(scheduling_strategy=each).remote(device_type) for each in strategies], timeout=120
         )
     resolved = "bf16" if answers and all(answer == "bf16" for answer in answers) else "fp32"
     native = "all nodes multiply" if resolved == "bf16" else "not all nodes multiply"
@@ -108,25 +120,27 @@ def resolve_precision(precision: str, device_type: Literal["cpu", "cuda"]) -> st
     return resolved
 
 
+def state_storage(storage: str, stage: str, state: State) -> str:
+    """Return where the checkpoints of a state lie: the URI or absolute folder ``<storage>/<stage>/<key>``.
+
+    With the default storage ``runs`` it is the state's own folder.
+    """
+    if is_uri(storage):
+        return f"{storage.rstrip('/')}/{stage}/{state.key}"
+    return str((Path(storage) / stage / state.key).absolute())
+
+
 def check_resources(count: int, cpus: float, gpus: float, what: str, remedy: str) -> None:
     """Raise ValueError if ``count`` bundles of these resources can never be placed on the cluster's nodes.
 
     ``what`` names the request and ``remedy`` the settings that change it.
     """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitting = 0
-    for resources in nodes:
-        by_cpu = resources.get("CPU", 0.0) / cpus if cpus else float("inf")
-        by_gpu = resources.get("GPU", 0.0) / gpus if gpus else float("inf")
-        fitting += int(min(by_cpu, by_gpu, count) + 1e-9)
-    if fitting < count:
-        total = ray.cluster_resources()
+    nodes = cluster_nodes()
+    if sum(node.holds(cpus, gpus) for node in nodes) < count:
         asked = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
         raise ValueError(
             f"{what}: {count} x ({asked}) can never run on this Ray cluster of {len(nodes)} node(s) with "
-            f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs; {remedy}"
+            f"{sum(node.cpus for node in nodes):g} CPUs and {sum(node.gpus for node in nodes):g} GPUs; {remedy}"
         )
 
 
@@ -138,7 +152,7 @@ def check_shared(folders: dict[str, Path]) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = _alive_nodes()
     if len(nodes) < 2:
         return
     probes = {}
@@ -170,6 +184,17 @@ def is_uri(storage: str) -> bool:
     return "://" in storage
 
 
+def _alive_nodes() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _is_local() -> bool:
+    """Return True if this process started its Ray, so that all of it is on this machine."""
+    return _started_here
+
+
 def _best_precision(device_type: str) -> str:
     return best_precision(torch.device(device_type))
 
@@ -178,7 +203,7 @@ def _exist(paths: list[str]) -> list[bool]:
     return [Path(path).exists() for path in paths]
 
 
-def _passed_on() -> dict[str, str]:
+def _forwarded_environment() -> dict[str, str]:
     names = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "MLFLOW_DISABLE_TELEMETRY", "REDIFFUSE_TRACEBACK")
     return {name: os.environ[name] for name in names if name in os.environ}
 

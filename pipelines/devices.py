@@ -1,4 +1,4 @@
-"""The device, the threads and the precision of a process: what Ray assigned to it, not what the machine has."""
+"""Device, threads and precision of a process. Ray assigns the devices of tasks, trials and workers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def driver_device(device: str = "auto") -> torch.device:
     Raises ValueError if ``device`` is cuda and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: given cuda, but torch sees no GPU here: set auto or cpu")
+        raise ValueError("reference.device in run.yaml: given cuda, but torch sees no GPU here: set auto or cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -64,5 +64,10 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def best_precision(device: torch.device) -> str:
-    """bf16 if the device multiplies it natively, else fp32."""
+    """Return bf16 if the device multiplies it natively, else fp32. Raises ValueError for a GPU that torch cannot use."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"Ray offers GPUs, but torch {torch.__version__} cannot use them: install a driver and a torch build that fit each "
+            "other, or set the GPUs to 0 in run.yaml"
+        )
     return "bf16" if has_bf16(device) else "fp32"

@@ -1,4 +1,4 @@
-"""What a result depends on, and the folder of the state that lets a stage resume.
+"""Identity of a result (settings, inputs, code), and the folder of the state that a stage resumes from.
 
 A result depends on settings, inputs, and the code that computes it. The code is the import closure of the function that
 computes the result, derived from the sources: each module is hashed as a syntax tree without docstrings, so a comment or a
@@ -6,7 +6,7 @@ docstring changes nothing. The modules of `MACHINERY` decide where and how a res
 contract keeps them out of the closures.
 
 `dvc repro` deletes a stage's outputs before it runs the stage, so resumable state lies outside of them, under ``runs/``,
-in a folder named by the key of the identity. The same identity resumes, another one starts fresh.
+in a folder named by the key of the identity. The same identity resumes; another identity starts from the beginning.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import diffusion_core
-from diffusion_core.storage import write_json, write_text
+from diffusion_core.storage import read_json, write_json, write_text
 
 log = logging.getLogger("rediffuse")
 
@@ -45,12 +45,14 @@ MACHINERY = (
 """Modules and packages that decide where and how a result is computed, but not the result."""
 
 RUNS = Path("runs")
-IDENTITY_FILE, CONTINUES_FILE = "identity.json", "continues.json"
+IDENTITY_FILE, CONTINUES_FILE, CONTINUED_FILE = "identity.json", "continues.json", "continued.json"
+RECORDS = (IDENTITY_FILE, CONTINUES_FILE, CONTINUED_FILE, "storages.json")
+"""Files of a state folder that hold no work."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a result of ``stage`` depends on: settings (JSON values), digests of inputs, and the digest of each module."""
+    """Settings (JSON values), input digests and module digests that a result of ``stage`` depends on."""
 
     stage: str
     settings: Mapping[str, Any]
@@ -75,7 +77,7 @@ class Identity:
 class State:
     """The folder of resumable state (absolute, it exists) and the key under which it is filed.
 
-    ``changed_modules`` is empty unless state of other code is continued by force.
+    ``changed_modules``: modules that differed when state of other code was continued here by force; empty if it never was.
     """
 
     folder: Path
@@ -98,43 +100,40 @@ def identify(
 def open_state(identity: Identity, resume: Literal["auto", "force"] = "auto") -> State:
     """The folder ``runs/<stage>/<key>`` of this identity, made if it is missing.
 
-    With ``resume="force"``, and no state of this identity yet, the newest state of the same settings and inputs but other code
-    is continued. Log lines say what is continued, and what state of other code or other settings exists.
+    With ``resume="force"``, and no work of this identity yet, the newest state of the same settings and inputs but other code
+    is continued. It stays marked as such, for every identity that opens it later. Log lines say what is continued, and what
+    state of other code or other settings exists.
     """
     base = RUNS / identity.stage
     folder = base / identity.key
-    pointer = folder / CONTINUES_FILE
-    if pointer.exists():
-        content = json.loads(pointer.read_text(encoding="utf-8"))
-        continued = base / content["key"]
-        if continued.is_dir():
-            log.info("continuing the state %s, made with other code of %s", continued, ", ".join(content["modules"]))
-            return State(continued.resolve(), content["key"], tuple(content["modules"]))
-    if not (folder / IDENTITY_FILE).exists():
+    continued = _read_pointer(folder, base)
+    if continued is None and not _holds_work(folder):
         others = [found for found in _recorded_identities(base) if found[0].key != identity.key]
-        same = [found for found in others if _same_work(found[0], identity)]
+        same = [found for found in others if _same_work(found[0], identity) and _holds_work(found[1])]
         if same:
             other, path = max(same, key=lambda found: (found[1] / IDENTITY_FILE).stat().st_mtime)
-            modules = changed_modules(other.code, identity.code)
+            modules = ", ".join(changed_modules(other.code, identity.code))
             if resume == "force":
-                log.warning(
-                    "resume: force: continuing the state %s, made with other code of %s", path, ", ".join(modules)
+                log.warning("resume: force: resuming state %s, made with different code in %s", path, modules)
+                _mark_continued(path, changed_modules(other.code, identity.code))
+                write_json(folder / CONTINUES_FILE, {"key": path.name})
+                continued = path
+            else:
+                log.info(
+                    "starting from the beginning: the code of %s has changed since state %s was made "
+                    "(resume: force in run.yaml continues that state)",
+                    modules,
+                    path,
                 )
-                write_json(folder / CONTINUES_FILE, {"key": other.key, "modules": list(modules)})
-                return State(path.resolve(), other.key, modules)
-            log.info(
-                "the code of %s has changed since the state %s was made: starting from the beginning "
-                "(resume: force in run.yaml continues that state)",
-                ", ".join(modules),
-                path,
-            )
-        elif others:
+        elif others and not (folder / IDENTITY_FILE).exists():
             other, path = max(others, key=lambda found: (found[1] / IDENTITY_FILE).stat().st_mtime)
             log.info(
-                "starting from the beginning: the state %s has other %s", path, ", ".join(_differences(other, identity))
+                "starting from the beginning: state %s differs in %s", path, ", ".join(_differences(other, identity))
             )
+    if continued is None:
         write_json(folder / IDENTITY_FILE, identity.as_dict())
-    return State(folder.resolve(), identity.key)
+        continued = folder
+    return State(continued.resolve(), continued.name, _marked_modules(continued))
 
 
 def changed_modules(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[str, ...]:
@@ -159,8 +158,8 @@ def stage_dependencies(stage: str) -> list[str]:
 def import_closure(modules: Sequence[str], without: Sequence[str] = ()) -> dict[str, Path]:
     """These modules and every module of the project that they import, directly or not: {name: source file}, sorted.
 
-    Imports are read from the source, also those inside functions. ``without``: modules or packages that are left out, with
-    everything that only they import.
+    Imports are read from the source, also those inside functions. ``without``: modules or packages to skip, with everything
+    that only they import.
     """
     found: dict[str, Path] = {}
     pending = list(modules)
@@ -240,6 +239,37 @@ def _source_of(name: str) -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def _read_pointer(folder: Path, base: Path) -> Path | None:
+    """The state that a forced resume of this identity continues, or None. A damaged pointer is ignored with a warning."""
+    if not (folder / CONTINUES_FILE).exists():
+        return None
+    try:
+        continued = base / str(read_json(folder / CONTINUES_FILE)["key"])
+    except (ValueError, KeyError, TypeError):
+        log.warning("%s is damaged: ignored", folder / CONTINUES_FILE)
+        return None
+    if not (continued / IDENTITY_FILE).exists():
+        return None
+    log.info("resuming state %s, made with different code in %s", continued, ", ".join(_marked_modules(continued)))
+    return continued
+
+
+def _mark_continued(folder: Path, modules: Sequence[str]) -> None:
+    """Record in a state folder that code which differs in these modules continued it."""
+    write_json(folder / CONTINUED_FILE, {"modules": sorted({*_marked_modules(folder), *modules})})
+
+
+def _marked_modules(folder: Path) -> tuple[str, ...]:
+    if not (folder / CONTINUED_FILE).exists():
+        return ()
+    return tuple(str(module) for module in read_json(folder / CONTINUED_FILE)["modules"])
+
+
+def _holds_work(folder: Path) -> bool:
+    """Return True if a state folder holds anything besides records and locks."""
+    return any(path.is_file() and path.name not in RECORDS and path.suffix != ".lock" for path in folder.rglob("*"))
 
 
 def _recorded_identities(base: Path) -> list[tuple[Identity, Path]]:

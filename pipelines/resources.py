@@ -1,4 +1,4 @@
-"""How many processes, CPUs and GPUs a stage takes: pure functions of run.yaml and the cluster's nodes.
+"""Counts of processes, CPUs and GPUs per stage: pure functions of run.yaml and the nodes of the cluster.
 
 ``auto`` takes what fits. An explicit value is obeyed or refused, never changed.
 """
@@ -19,10 +19,16 @@ class Node:
     cpus: float
     gpus: float = 0.0
 
+    def holds(self, cpus: float, gpus: float) -> int:
+        """Return the number of processes with these CPUs and GPUs that fit."""
+        by_cpu = self.cpus / cpus if cpus else float("inf")
+        by_gpu = self.gpus / gpus if gpus else float("inf")
+        return int(min(by_cpu, by_gpu) + 1e-9)
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How training runs. ``reason`` is the line that says what was chosen and why; ``warning`` may be empty."""
+    """Plan of a training run. ``reason`` is the line that says what was chosen and why; ``warning`` may be empty."""
 
     num_workers: int
     cpus_per_worker: float
@@ -33,6 +39,22 @@ class TrainingPlan:
     sample_every: int
     reason: str
     warning: str = ""
+
+    request = "train.num_workers"
+    remedy = "lower train.num_workers, train.cpus_per_worker or train.gpus_per_worker in run.yaml, or add nodes"
+
+    @property
+    def processes(self) -> int:
+        """Workers that must fit at once."""
+        return self.num_workers
+
+    @property
+    def cpus(self) -> float:
+        return self.cpus_per_worker
+
+    @property
+    def gpus(self) -> float:
+        return self.gpus_per_worker
 
     @property
     def threads(self) -> int:
@@ -46,14 +68,22 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """How trials or units run: how many at once, what each takes, and how often one is retried."""
+    """Plan of trials or units: concurrency, resources per task, retries. ``request`` names the setting that asks for the most."""
 
     max_concurrent: int
     cpus: float
     gpus: float
     max_retries: int
     reason: str
+    request: str
+    remedy: str
+    required: int = 1
     warning: str = ""
+
+    @property
+    def processes(self) -> int:
+        """Tasks that must fit at once: all of an explicit ``max_concurrent``, else one."""
+        return self.required
 
     @property
     def threads(self) -> int:
@@ -66,20 +96,22 @@ class TaskPlan:
 
 
 def plan_training(run: TrainRun, *, batch_size: int, steps: int, nodes: Sequence[Node]) -> TrainingPlan:
-    """Workers: one per GPU; without GPUs one per node, or two on a single node with two or more CPUs. One GPU per worker if there are any.
+    """Plan the training workers: one per GPU; without GPUs one per node, or two on a single node with two or more CPUs.
 
     Raises ValueError for more than one GPU per process, or more workers than images in a batch.
     """
     gpus = _gpus(run.gpus_per_worker, "train.gpus_per_worker", nodes)
     slots = _gpu_slots(nodes, gpus)
     if run.num_workers != "auto":
-        count, why = run.num_workers, "train.num_workers of run.yaml"
+        count, why = run.num_workers, "set by train.num_workers in run.yaml"
         if count > batch_size:
             raise ValueError(
                 f"train.num_workers: given {count}, allowed at most train.batch_size ({batch_size}), one image per worker"
             )
     elif gpus:
-        count, why = max(slots, 1), f"one per GPU, {_gpu_total(nodes):g} GPUs in the cluster"
+        count = max(slots, 1)
+        share = "one per GPU" if gpus == 1 else f"one per {gpus:g} GPU"
+        why = f"{share}, {_gpu_total(nodes):g} GPUs in the cluster"
     else:
         least = 1.0 if run.cpus_per_worker == "auto" else run.cpus_per_worker
         computing = [node for node in nodes if node.cpus >= least]
@@ -102,12 +134,14 @@ def plan_training(run: TrainRun, *, batch_size: int, steps: int, nodes: Sequence
         checkpoint_every=_cadence(run.checkpoint_every, steps // 8, 2000),
         sample_every=_cadence(run.sample_every, steps // 2, 10_000),
         reason=f"{taken}: {why}",
-        warning=_idle_gpus(nodes, count * gpus, "train.num_workers and train.gpus_per_worker"),
+        warning=_idle_gpus(nodes, batch_size, count * gpus, "train.num_workers and train.gpus_per_worker")
+        if run.num_workers != "auto" or run.gpus_per_worker != "auto"
+        else "",
     )
 
 
 def plan_trials(run: TuneRun, *, num_trials: int, nodes: Sequence[Node]) -> TaskPlan:
-    """As many trials at once as fit; each takes one GPU if there are any, else an equal share of the CPUs."""
+    """Plan the trials: as many at once as fit, each with one GPU if there are any, else with an equal share of the CPUs."""
     gpus = _gpus(run.gpus_per_trial, "tune.gpus_per_trial", nodes)
     return _plan_tasks(
         "trial", "tune", num_trials, run.max_concurrent, run.cpus_per_trial, gpus, 2 if run.max_failures == "auto" else run.max_failures, nodes
@@ -115,7 +149,7 @@ def plan_trials(run: TuneRun, *, num_trials: int, nodes: Sequence[Node]) -> Task
 
 
 def plan_units(run: EvaluateRun, *, num_units: int, nodes: Sequence[Node]) -> TaskPlan:
-    """As many units at once as fit; each takes one GPU if there are any, else an equal share of the CPUs."""
+    """Plan the units: as many at once as fit, each with one GPU if there are any, else with an equal share of the CPUs."""
     gpus = _gpus(run.gpus_per_task, "evaluate.gpus_per_task", nodes)
     return _plan_tasks(
         "unit", "evaluate", num_units, run.max_concurrent, run.cpus_per_task, gpus, 3 if run.max_retries == "auto" else run.max_retries, nodes
@@ -137,14 +171,29 @@ def _plan_tasks(
         wanted = max(count if isinstance(max_concurrent, str) else min(max_concurrent, count), 1)
         share = _cpus("auto", nodes, max(_gpu_slots(nodes, gpus), 1), gpus) if gpus else max(total // wanted, 1)
         cpus = float(min(share, max((node.cpus for node in nodes), default=1.0)) or 1.0)
-    fitting = sum(_fitting(node, cpus, gpus) for node in nodes)
-    if isinstance(max_concurrent, str):
-        at_once, why = max(min(fitting, count), 1), f"all that fit on {_described(nodes)}"
+    fitting = sum(node.holds(cpus, gpus) for node in nodes)
+    explicit = not isinstance(max_concurrent, str)
+    if explicit:
+        at_once, why = int(max_concurrent), f"set by {section}.max_concurrent in run.yaml"
     else:
-        at_once, why = max_concurrent, f"{section}.max_concurrent of run.yaml"
-    taken = f"{at_once} {name}{'s' if at_once != 1 else ''} at once with {_amount(cpus, gpus)} each"
-    idle = _idle_gpus(nodes, min(at_once, max(fitting, 1)) * gpus, f"the {section} section") if count >= fitting else ""
-    return TaskPlan(at_once, cpus, gpus, max_retries, f"{taken}: {why}", idle)
+        at_once, why = max(min(fitting, count), 1), f"all that fit on {_described(nodes)}"
+    kinds = "cpus_per_trial", "gpus_per_trial"
+    if section == "evaluate":
+        kinds = "cpus_per_task", "gpus_per_task"
+    keys = [f"{section}.{key}" for key in ("max_concurrent", *kinds)]
+    return TaskPlan(
+        max_concurrent=at_once,
+        cpus=cpus,
+        gpus=gpus,
+        max_retries=max_retries,
+        reason=f"{at_once} {name}{'s' if at_once != 1 else ''} at once with {_amount(cpus, gpus)} each: {why}",
+        request=keys[0] if explicit and at_once > 1 else keys[1],
+        remedy=f"lower {', '.join(keys[:2])} or {keys[2]} in run.yaml, or add nodes",
+        required=at_once if explicit else 1,
+        warning=_idle_gpus(nodes, count, min(at_once, fitting, count) * gpus, f"{keys[0]} and {keys[2]}")
+        if explicit or gpus < 1
+        else "",
+    )
 
 
 def _gpus(given: float | str, key: str, nodes: Sequence[Node]) -> float:
@@ -158,7 +207,7 @@ def _gpus(given: float | str, key: str, nodes: Sequence[Node]) -> float:
 
 
 def _cpus(given: float | str, nodes: Sequence[Node], count: int, gpus: float) -> float:
-    """CPUs per worker: an equal share of the smallest node that takes workers, in whole CPUs if there are enough."""
+    """Return the CPUs per worker: an equal share of the smallest node that takes workers, in whole CPUs if there are enough."""
     if not isinstance(given, str):
         return float(given)
     if gpus:
@@ -167,7 +216,8 @@ def _cpus(given: float | str, nodes: Sequence[Node], count: int, gpus: float) ->
         return float(int(share)) if share >= 1 else max(share, 0.01)
     computing = [node.cpus for node in nodes if node.cpus >= 1]
     per_node = -(-count // max(len(computing), 1))
-    return float(max(int(min(computing, default=1.0) // per_node), 1))
+    share = min(computing, default=1.0) / per_node
+    return float(int(share)) if share >= 1 else max(int(share * 100) / 100, 0.01)
 
 
 def _cadence(given: int | str, automatic: int, most: int) -> int:
@@ -179,20 +229,16 @@ def _gpu_total(nodes: Sequence[Node]) -> float:
 
 
 def _gpu_slots(nodes: Sequence[Node], gpus: float) -> int:
-    """How many processes with ``gpus`` GPUs each fit."""
+    """Return the number of processes with ``gpus`` GPUs that fit."""
     return sum(int(node.gpus / gpus + 1e-9) for node in nodes) if gpus else 0
 
 
-def _fitting(node: Node, cpus: float, gpus: float) -> int:
-    by_gpu = node.gpus / gpus if gpus else float("inf")
-    return int(min(node.cpus / cpus, by_gpu) + 1e-9)
-
-
-def _idle_gpus(nodes: Sequence[Node], used: float, keys: str) -> str:
-    idle = int(_gpu_total(nodes) - used + 1e-9)
+def _idle_gpus(nodes: Sequence[Node], count: int, used: float, keys: str) -> str:
+    """The warning about GPUs that ``count`` processes could use and do not; empty if there are none."""
+    idle = int(min(_gpu_total(nodes), count) - used + 1e-9)
     if idle < 1:
         return ""
-    return f"{idle} of {_gpu_total(nodes):g} GPUs stay idle with {keys} as run.yaml sets them"
+    return f"{idle} of {_gpu_total(nodes):g} GPUs stay idle: change {keys} in run.yaml"
 
 
 def _amount(cpus: float, gpus: float) -> str:

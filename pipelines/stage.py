@@ -36,7 +36,8 @@ REPORT = Path("artifacts/report")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 LISTING_RECORDS = RUNS / "prepared"
-"""Which image folder prepare read, and when its files were modified. It depends on the machine, so it is not an artifact."""
+"""Records of the image folder that prepare read and of its files' modification times. They depend on the machine, so they are
+not artifacts."""
 
 log = logging.getLogger("rediffuse")
 
@@ -54,7 +55,7 @@ QUIET = {
     "DVC_NO_ANALYTICS": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-"""Telemetry off, and the settings of Ray and MLflow that the stages rely on. A value from outside wins."""
+"""Environment variables that turn telemetry off and configure Ray and MLflow for the stages. Existing values win."""
 
 
 def quiet_environment() -> None:
@@ -64,7 +65,7 @@ def quiet_environment() -> None:
 
 
 def run_stage(name: str, work: Callable[[Params, RunSettings], None]) -> None:
-    """The body of ``python -m pipelines.<name>``: read the settings, take the stage's lock, work, report errors.
+    """Run a stage, as ``python -m pipelines.<name>`` does: read the settings, take its lock, call ``work``, report errors.
 
     ``work`` gets the params that dvc.yaml declares for the stage, and run.yaml. A ValueError (what a user can cause) or an OSError
     becomes one line on stderr and exit status 1; REDIFFUSE_TRACEBACK=1 shows the traceback. Any other error is our fault and
@@ -118,7 +119,7 @@ def one_line_errors(name: str) -> Iterator[None]:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return one line for an error, also if Ray wrapped it."""
+    """Return an error as one line, without Ray's wrapper."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):
         return describe_error(cause)
@@ -159,7 +160,7 @@ def stage_lock(name: str, folder: Path = RUNS) -> Iterator[None]:
 
 
 def check_writable(*folders: Path) -> None:
-    """Raise ValueError, before the work starts, if a stage could not write its results into these folders."""
+    """Raise ValueError if a folder is not writable. Call it before the work starts."""
     for folder in folders:
         probe = folder / ".writable"
         try:

@@ -133,7 +133,7 @@ def test_stages_join_a_cluster_that_ray_start_made(trained: Project, untrained: 
 
 
 def test_request_that_can_never_be_placed_is_refused_at_once(untrained: Project) -> None:
-    untrained.change_run(train__num_workers=16)
+    untrained.change_run(train__num_workers=16, train__cpus_per_worker=1)
     began = time.monotonic()
     text = untrained.stage("train", check=False)
     print(f"refused after {time.monotonic() - began:.0f} s")

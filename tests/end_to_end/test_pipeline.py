@@ -81,14 +81,17 @@ def section_keys(schema: type, prefix: str = "") -> dict[tuple[str, str], str]:
     return keys
 
 
-COMPUTED = ("step 1", "judged", "units", "class network: step")
-"""Words in log lines of work that is done: training steps, trials, units."""
-
-
 @pytest.mark.slow
 def test_comments_unrelated_code_and_run_settings_compute_nothing_again(copied_project: Project) -> None:
     folder = copied_project.folder
+    work = lambda: {  # noqa: E731
+        path: path.stat().st_mtime_ns
+        for pattern in ("tune/**/rung_*.json", "train/**/checkpoint.safetensors", "evaluate/**/*.safetensors")
+        for path in folder.glob(f"runs/{pattern}")
+    }
     before = {path: path.read_bytes() for path in folder.glob("artifacts/**/*") if path.is_file()}
+    done = work()
+    assert {path.relative_to(folder).parts[1] for path in done} == {"tune", "train", "evaluate"}
     copied_project.change_run(train__num_workers=1, train__log_every=3, evaluate__max_concurrent=1)
     with open(folder / "diffusion_core/losses.py", "a", encoding="utf-8") as file:
         file.write("\n# a comment\n")
@@ -101,8 +104,10 @@ def test_comments_unrelated_code_and_run_settings_compute_nothing_again(copied_p
     assert "Ray Train" not in text
     after = {path: path.read_bytes() for path in folder.glob("artifacts/**/*") if path.is_file()}
     assert after == before
+    assert work() == done, "nothing was computed again"
 
 
+@pytest.mark.slow
 def test_changed_sweep_is_measured_and_judged_again_with_the_champion(copied_project: Project) -> None:
     copied_project.change(evaluate__num_samples=32)
     assert ran(copied_project.repro()) == ["evaluate", "register", "report"]
@@ -236,6 +241,7 @@ def test_registered_champion_predicts_in_a_fresh_process_without_pickle(
     assert pickles == []
 
 
+@pytest.mark.slow
 def test_model_server_answers_over_http_as_predict_does(finished_project: Project) -> None:
     output = finished_project.run(sys.executable, "-P", "-c", PREDICT)
     expected = json.loads(output.splitlines()[-1])[2]

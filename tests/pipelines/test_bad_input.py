@@ -190,13 +190,6 @@ def test_key_that_moved_to_run_yaml_is_refused_with_its_new_place(project: Proje
     assert "set train.num_workers there" in line
 
 
-def test_more_workers_than_images_in_a_batch_are_refused(prepared: Project, fails: Run) -> None:
-    Path("artifacts/search").mkdir()
-    Path("artifacts/search/best.yaml").write_text("overrides: {}\n")
-    prepared.change_run(train__num_workers=64)
-    assert "train.num_workers: given 64, allowed at most train.batch_size (16)" in fails("train")
-
-
 def test_wrong_hash_of_inception_weights_is_refused(prepared: Project, fails: Run) -> None:
     Path("weights.pth").write_bytes(b"not these")
     prepared.change(reference__extractor="inception-v3-compat", reference__inception_weights="weights.pth")

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from pipelines.devices import prepare_cpu
+from pipelines.devices import assigned_device, prepare_cpu
 
 
 def test_process_takes_its_share_of_the_cores() -> None:
@@ -12,3 +13,23 @@ def test_process_takes_its_share_of_the_cores() -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(former)
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_process_without_an_assigned_gpu_computes_on_the_cpu(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+    """Ray does not hide the GPUs of a node from a task that asked for none."""
+    monkeypatch.setattr("ray.get_gpu_ids", lambda: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert assigned_device() == torch.device("cpu")
+
+
+def test_assigned_gpu_is_used_or_refused_but_never_replaced_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.get_gpu_ids", lambda: [3])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert assigned_device() == torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="GPU 3"):
+        assigned_device()
+    monkeypatch.setattr("ray.get_gpu_ids", lambda: [0, 1])
+    with pytest.raises(ValueError, match="2 GPUs to one process"):
+        assigned_device()

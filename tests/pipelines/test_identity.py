@@ -11,6 +11,7 @@ from pipelines import identity as module
 from pipelines.identity import (
     MACHINERY,
     PACKAGES,
+    State,
     changed_modules,
     closure_digest,
     identify,
@@ -131,23 +132,58 @@ def test_state_is_found_again_and_other_settings_start_fresh(
     assert (again.folder / "checkpoint").exists()
     other = open_state(training_identity(11))
     assert other.folder != state.folder
-    assert "has other steps" in caplog.text
+    assert "differs in steps" in caplog.text
+
+
+def work_in(state: State) -> None:
+    (state.folder / "step_00000010").mkdir()
+    (state.folder / "step_00000010" / "checkpoint.json").write_text("x")
 
 
 def test_state_of_other_code_is_named_and_continued_only_by_force(sources: Path, caplog) -> None:
     caplog.set_level("INFO")
     old = open_state(training_identity())
-    (old.folder / "checkpoint").write_text("x")
+    work_in(old)
     append(sources / "diffusion_core/losses.py", "\nADDED = 1\n")
     fresh = open_state(training_identity())
     assert fresh.folder != old.folder
     assert "the code of diffusion_core.losses has changed" in caplog.text
-    shutil.rmtree(fresh.folder)
-    forced = open_state(training_identity(), "force")
+    forced = open_state(training_identity(), "force")  # as the log line recommends, after an interrupt
     assert (forced.folder, forced.key) == (old.folder, old.key)
     assert forced.changed_modules == ("diffusion_core.losses",)
-    later = open_state(training_identity(), "auto")
-    assert later == forced, "what was continued by force stays marked as such"
+    assert open_state(training_identity(), "auto") == forced, "it stays continued by force"
+
+
+def test_forced_state_stays_marked_for_the_code_that_began_it(sources: Path) -> None:
+    old = open_state(training_identity())
+    work_in(old)
+    losses = (sources / "diffusion_core/losses.py").read_text()
+    append(sources / "diffusion_core/losses.py", "\nADDED = 1\n")
+    open_state(training_identity(), "force")
+    append(sources / "diffusion_core/ema.py", "\nADDED = 1\n")
+    assert open_state(training_identity(), "force").changed_modules == ("diffusion_core.ema", "diffusion_core.losses")
+    (sources / "diffusion_core/losses.py").write_text(losses)
+    (sources / "diffusion_core/ema.py").write_text((ROOT / "diffusion_core/ema.py").read_text())
+    again = open_state(training_identity())
+    assert again.folder == old.folder
+    assert again.changed_modules == ("diffusion_core.ema", "diffusion_core.losses")
+
+
+def test_force_does_not_leave_work_of_its_own(sources: Path) -> None:
+    work_in(open_state(training_identity()))
+    append(sources / "diffusion_core/losses.py", "\nADDED = 1\n")
+    fresh = open_state(training_identity())
+    work_in(fresh)
+    assert open_state(training_identity(), "force") == fresh
+
+
+def test_damaged_pointer_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = open_state(training_identity())
+    for content in ("{", "{}", "[1]"):
+        (state.folder / "continues.json").write_text(content)
+        assert open_state(training_identity()) == state
+    assert "is damaged: ignored" in caplog.text
 
 
 def test_damaged_records_of_other_states_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

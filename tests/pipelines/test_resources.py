@@ -43,6 +43,11 @@ def test_auto_takes_one_worker_per_gpu_or_per_node_or_two(
 def test_explicit_values_are_obeyed_or_refused() -> None:
     plan = training(LAPTOP, num_workers=16, cpus_per_worker=0.5)
     assert (plan.num_workers, plan.cpus_per_worker) == (16, 0.5)
+    plan = training(LAPTOP, num_workers=4)
+    assert (plan.num_workers, plan.cpus_per_worker, plan.threads) == (4, 0.5, 1), "fractions of a CPU, so that it fits"
+    plan = plan_trials(TuneRun(max_concurrent=8, cpus_per_trial=1), num_trials=6, nodes=LAPTOP)
+    assert (plan.processes, plan.request) == (8, "tune.max_concurrent"), "all of them must fit"
+    assert plan_trials(TuneRun(), num_trials=6, nodes=LAPTOP).processes == 1
     with pytest.raises(ValueError, match=r"train\.gpus_per_worker: given 2, allowed at most 1"):
         training(EIGHT_GPUS, gpus_per_worker=2)
     with pytest.raises(ValueError, match=r"evaluate\.gpus_per_task: given 2"):
@@ -71,6 +76,21 @@ def test_gpus_that_an_explicit_value_leaves_idle_are_named(settings: dict, idle:
     assert (idle in warning) if idle else warning == ""
 
 
+@pytest.mark.parametrize(
+    ("settings", "count", "idle"),
+    [
+        ({"max_concurrent": 1}, 6, "5 of 8"),
+        ({"gpus_per_trial": 0}, 6, "6 of 8"),
+        ({"gpus_per_trial": 0.5}, 40, ""),
+        ({}, 6, ""),
+        ({"max_concurrent": 8}, 40, ""),
+    ],
+)
+def test_gpus_that_trials_could_use_and_do_not_are_named(settings: dict, count: int, idle: str) -> None:
+    warning = plan_trials(TuneRun(**settings), num_trials=count, nodes=EIGHT_GPUS).warning
+    assert (idle in warning) if idle else warning == ""
+
+
 def test_cadence_follows_the_length_of_the_run_unless_given() -> None:
     plan = training(LAPTOP, steps=1200)
     assert (plan.log_every, plan.checkpoint_every, plan.sample_every) == (12, 150, 600)
@@ -89,7 +109,7 @@ def test_tasks_fill_the_cluster() -> None:
     assert (plan.max_concurrent, plan.cpus) == (16, 4)
     plan = plan_trials(TuneRun(max_concurrent=1, cpus_per_trial=2), num_trials=6, nodes=LAPTOP)
     assert (plan.max_concurrent, plan.cpus) == (1, 2)
-    assert "tune.max_concurrent of run.yaml" in plan.reason
+    assert "set by tune.max_concurrent in run.yaml" in plan.reason
 
 
 nodes_strategy = st.lists(

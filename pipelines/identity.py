@@ -37,6 +37,8 @@ MACHINERY = (
     "pipelines.cluster",
     "pipelines.devices",
     "pipelines.tracking",
+    "pipelines.storages",
+    "pipelines.durations",
     "pipelines.ddp",
     "pipelines.search.driver",
     "pipelines.search.worker",
@@ -46,8 +48,8 @@ MACHINERY = (
 
 RUNS = Path("runs")
 IDENTITY_FILE, CONTINUES_FILE, CONTINUED_FILE = "identity.json", "continues.json", "continued.json"
-RECORDS = (IDENTITY_FILE, CONTINUES_FILE, CONTINUED_FILE, "storages.json")
-"""Files of a state folder that hold no work."""
+RECORDS = (IDENTITY_FILE, CONTINUES_FILE, CONTINUED_FILE)
+"""Files of a state folder that hold no work and do not point to any."""
 
 
 @dataclass(frozen=True)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
 from diffusion_core.storage import atomic_folder, write_json
-from pipelines.cluster import check_resources, check_shared, cluster_nodes, is_uri, ray_session, resolve_precision
+from pipelines.cluster import check_shared, cluster_nodes, is_uri, place, ray_session, resolve_precision, state_storage
 from pipelines.data.shards import open_split, read_manifest
-from pipelines.identity import identify, open_state
-from pipelines.measurement.measure import jackknife_error
+from pipelines.identity import State, identify, open_state
+from pipelines.measurement.measure import jackknife_error, measurement_rows
 from pipelines.measurement.reference import load_reference
-from pipelines.params import Params, RunSettings, SearchSpace, flatten
+from pipelines.params import Params, RunSettings, SearchSpace, Tune, flatten
 from pipelines.resources import plan_trials
 from pipelines.search.driver import run_search
-from pipelines.search.halving import rungs, search, winner
+from pipelines.search.halving import Verdict, rungs, search, winner
 from pipelines.search.proposals import Proposals, Space
 from pipelines.search.records import Choice, Trial, TrialResult
 from pipelines.search.summary import COLUMNS, describe_verdict, search_metrics, trial_rows
 from pipelines.search.trial import judge_rung
 from pipelines.search.worker import TrialWork
 from pipelines.stage import DATA, METRICS, PLOTS, REFERENCE, RUNS, SEARCH, check_writable, log, run_stage
+from pipelines.storages import earlier_storages
 from pipelines.tables import write_csv
 from pipelines.tracking import Run, stage_run
 from pipelines.training.checkpoint import save_checkpoint
@@ -32,7 +34,10 @@ from pipelines.training.settings import SEARCHED, train_settings
 
 
 def tune(params: Params, run: RunSettings) -> None:
-    """Search over schedule, objective, weighting and learning rate with Ray Tune, by a quick FID; write artifacts/search (trials.csv, and best.yaml for train)."""
+    """Search over schedule, objective, weighting and learning rate with Ray Tune, by a quick FID.
+
+    Writes artifacts/search (trials.csv, and best.yaml for train), metrics/tune.json and plots/tune_trials.csv.
+    """
     check_writable(SEARCH.parent, METRICS, PLOTS, RUNS)
     manifest = read_manifest(DATA)
     if not params.tune.enabled:
@@ -44,35 +49,14 @@ def tune(params: Params, run: RunSettings) -> None:
     settings = params.tune
     with ray_session(run.ray):
         plan = plan_trials(run.tune, num_trials=settings.num_trials, nodes=cluster_nodes())
-        log.info("%s", plan.reason)
-        if plan.warning:
-            log.warning("%s", plan.warning)
-        check_resources(
-            1,
-            plan.cpus,
-            plan.gpus,
-            "tune.cpus_per_trial",
-            "lower tune.cpus_per_trial or tune.gpus_per_trial in run.yaml",
-        )
+        place(plan)
         precision = resolve_precision(params.train.precision, plan.device_type)
         short = params.train.model_copy(update={"steps": settings.steps})
         base = train_settings(short, params.seed, manifest, precision)
         judging: tuple[Callable[..., Any], ...] = (judge_rung, save_checkpoint, open_split)
-        trial = identify("tune", _trial_identity(base, settings.num_samples, settings.ddim_steps), inputs, judging)
+        trial = identify("tune", trial_identity_settings(base, settings, plan.device_type), inputs, judging)
         state = open_state(trial, run.resume)
-        folders = {"the data set": DATA, "the reference": REFERENCE}
-        check_shared(folders if is_uri(run.ray.storage) else {**folders, "ray.storage": state.folder})
-        work = TrialWork(
-            settings=base,
-            data_dir=str(DATA.resolve()),
-            reference_dir=str(REFERENCE.resolve()),
-            data_hash=manifest.content_hash,
-            storage=f"{run.ray.storage.rstrip('/')}/tune/{state.key}" if is_uri(run.ray.storage) else str(state.folder),
-            key=state.key,
-            num_samples=settings.num_samples,
-            ddim_steps=settings.ddim_steps,
-            threads=plan.threads,
-        )
+        work = _work(base, settings, run.ray.storage, state, manifest.content_hash, plan.threads)
         used = {
             "seed": params.seed,
             **flatten("tune", settings),
@@ -84,7 +68,7 @@ def tune(params: Params, run: RunSettings) -> None:
         with stage_run(run.tracking, "tune", whole.key, settings=used, tags=tags) as tracked:
             children = _Children(tracked)
             trials = run_search(
-                _proposals(settings.space, base),
+                _proposals(settings.space, base, seed=params.seed + 1),  # a random stream apart from training's
                 work,
                 plan,
                 num_trials=settings.num_trials,
@@ -95,15 +79,42 @@ def tune(params: Params, run: RunSettings) -> None:
             children.finish(trials)
             verdict = winner(trials)
             metrics = search_metrics(trials, verdict)
-            best = {
-                "overrides": asdict(verdict.winner.choice),
-                "trial": verdict.winner.choice.name,
-                "tie": [trial.choice.name for trial in verdict.tied] if verdict.tie else [],
-            }
-            _write(trial_rows(trials), best, metrics)
+            _write(trial_rows(trials), _best(verdict, state.changed_modules), metrics)
             tracked.log_metrics({name: value for name, value in metrics.items() if type(value) in (int, float)})
             tracked.log_artifact(SEARCH)
     log.info("best of %d trials: %s", len(trials), describe_verdict(verdict))
+
+
+def trial_identity_settings(base: TrainSettings, settings: Tune, device_type: str) -> dict[str, Any]:
+    """Return the settings that decide a trial's result at a step, without its choice, which names its folder."""
+    shared = {name: value for name, value in asdict(base).items() if name not in SEARCHED}
+    shared["schedule"] = {name: value for name, value in base.schedule.items() if name != "name"}
+    measured = {
+        "num_samples": settings.num_samples,
+        "ddim_steps": settings.ddim_steps,
+        "rows_per_call": measurement_rows(device_type),
+        "device_type": device_type,
+    }
+    return flatten("", {"train": shared, "tune": measured})
+
+
+def _work(base: TrainSettings, settings: Tune, storage: str, state: State, data_hash: str, threads: int) -> TrialWork:
+    """Return the settings that all trials share. Raises ValueError if a node does not see the data, the reference or the storage."""
+    storage = state_storage(storage, "tune", state)
+    folders = {"the data set": DATA, "the reference": REFERENCE}
+    check_shared(folders if is_uri(storage) else {**folders, "ray.storage": Path(storage)})
+    return TrialWork(
+        settings=base,
+        data_dir=str(DATA.resolve()),
+        reference_dir=str(REFERENCE.resolve()),
+        data_hash=data_hash,
+        storage=storage,
+        earlier=earlier_storages(state, storage),
+        key=state.key,
+        num_samples=settings.num_samples,
+        ddim_steps=settings.ddim_steps,
+        threads=threads,
+    )
 
 
 class _Children:
@@ -127,21 +138,24 @@ class _Children:
             self.runs[trial.choice].finish("FAILED" if trial.result.diverged else "FINISHED")
 
 
-def _proposals(space: SearchSpace, train: TrainSettings) -> Proposals:
+def _proposals(space: SearchSpace, first: TrainSettings, seed: int) -> Proposals:
     """Return the proposals of the search; train's own settings come first."""
     low, high = space.learning_rate
     return Proposals(
         Space(tuple(space.schedule), tuple(space.objective), tuple(space.weighting), (low, high)),
-        Choice(train.schedule["name"], train.objective, train.weighting, train.learning_rate),
-        train.seed + 1,
+        Choice(first.schedule["name"], first.objective, first.weighting, first.learning_rate),
+        seed,
     )
 
 
-def _trial_identity(base: TrainSettings, num_samples: int, ddim_steps: int) -> dict[str, Any]:
-    """Return the settings on which the result of a trial at a step depends, besides its choice, which names its folder."""
-    settings = {name: value for name, value in asdict(base).items() if name not in SEARCHED}
-    settings["schedule"] = {name: value for name, value in base.schedule.items() if name != "name"}
-    return flatten("", {"train": settings, "tune": {"num_samples": num_samples, "ddim_steps": ddim_steps}})
+def _best(verdict: Verdict, changed_modules: Sequence[str]) -> dict[str, Any]:
+    """Return the content of best.yaml. A search of a forced resume names the modules that had changed."""
+    best = {
+        "overrides": asdict(verdict.winner.choice),
+        "trial": verdict.winner.choice.name,
+        "tie": [trial.choice.name for trial in verdict.tied] if verdict.tie else [],
+    }
+    return {**best, "resumed_across_changes": list(changed_modules)} if changed_modules else best
 
 
 def _write(rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:

@@ -1,25 +1,38 @@
-"""Training on Ray Train, seen from the driver."""
+"""The driver of Ray Train: starts workers, forwards their messages, returns the last checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipelines.cluster import is_uri
-from pipelines.ddp.surviving_state import RUN_NAME, newest_checkpoint, rename_torn_snapshots, wait_for_workers
+from pipelines.ddp.surviving_state import (
+    RUN_NAME,
+    adopt_checkpoint,
+    newest_checkpoint,
+    rename_torn_snapshots,
+    wait_for_workers,
+)
 from pipelines.ddp.worker import worker
 from pipelines.identity import State
 from pipelines.resources import TrainingPlan
-from pipelines.training.checkpoint import check_checkpoint
-from pipelines.training.loop import TrainingDivergedError, TrainSettings
+from pipelines.training.checkpoint import check_checkpoint, load_checkpoint
+from pipelines.training.loop import TrainingDivergedError, TrainSettings, new_state
 
 KEEP = 3
-"""Checkpoints that are kept: if the newest is torn, the one before is used."""
+"""Number of checkpoints to keep; an older one replaces a torn one."""
+OUT_OF_MEMORY = (
+    "a training step does not fit into GPU memory: lower train.batch_size or train.network.channels in params.yaml, "
+    "or add workers with train.num_workers in run.yaml"
+)
 
 log = logging.getLogger("rediffuse")
 
@@ -30,39 +43,63 @@ def train_on_ray(
     *,
     data_dir: Path,
     storage: str,
+    earlier: Sequence[str],
     state: State,
     on_row: Callable[[dict[str, Any]], None],
     on_picture: Callable[[int, bytes], None],
 ) -> Path:
     """Train with Ray Train and return the folder of the last checkpoint. Resumes from the newest whole checkpoint.
 
-    storage: a folder or URI that every node sees. ``on_row`` gets each row of `loop.rows`, new ones with images_per_s and
-    seconds_left; ``on_picture`` gets the step and the PNG of each sample picture. Both run in the driver; a row may come twice
-    after a resume. A finished run returns at once, without workers.
+    ``storage``: the folder or URI of the checkpoints, seen by every node; ``earlier``: storages of earlier runs. ``on_row`` gets
+    each row of `loop.rows`, new ones with images_per_s and seconds_left; ``on_picture`` gets the step and the PNG of each sample
+    picture. Both run in the driver; they may receive a row twice after a resume. A finished run returns at once, without workers.
 
-    Raises TrainingDivergedError if the training diverged, and ValueError for anything else that a user can cause.
+    Raises TrainingDivergedError if the training diverged, CheckpointMismatchError if the checkpoint of a forced resume does not
+    fit, and ValueError for anything else that a user can cause.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.queue import Queue
-
-    base = storage.rstrip("/") if is_uri(storage) else str(Path(storage).resolve())
-    storage_path = f"{base}/train/{state.key}"
     wait_for_workers(state.folder)
-    folder = newest_checkpoint(storage_path, state.key, state.folder / "final")
+    with tempfile.TemporaryDirectory() as scratch:
+        adopt_checkpoint(storage, earlier, state.key, Path(scratch))
+    folder = newest_checkpoint(storage, state.key, state.folder / "final")
+    if folder is not None and state.changed_modules:
+        load_checkpoint(new_state(settings, torch.device("cpu")), folder, state.key)  # here, not on every restart
     if folder is not None and check_checkpoint(folder, state.key) == settings.steps:
         log.info("the training has already reached its last step, %d", settings.steps)
         return folder
     if not is_uri(storage):
-        rename_torn_snapshots(Path(storage_path) / RUN_NAME)
+        rename_torn_snapshots(Path(storage) / RUN_NAME)
+    _fit(settings, plan, data_dir, storage, state, on_row, on_picture)
+    folder = newest_checkpoint(storage, state.key, state.folder / "final")
+    if folder is None:
+        raise ValueError(
+            f"training ended without a whole checkpoint in {storage}: is the storage full or not writable?"
+        )
+    return folder
+
+
+def _fit(
+    settings: TrainSettings,
+    plan: TrainingPlan,
+    data_dir: Path,
+    storage: str,
+    state: State,
+    on_row: Callable[[dict[str, Any]], None],
+    on_picture: Callable[[int, bytes], None],
+) -> None:
+    """Run the workers to the end of the training."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.queue import Queue
+
     queue = Queue(actor_options={"num_cpus": 0})
     config = {
         "settings": asdict(settings),
         "data_dir": str(data_dir.resolve()),
         "state_dir": str(state.folder),
-        "storage_path": storage_path,
+        "storage_path": storage,
         "key": state.key,
         "queue": queue,
+        "stop": Queue(actor_options={"num_cpus": 0}),
         "threads": plan.threads,
         "hooks": {
             "log_every": plan.log_every,
@@ -82,7 +119,7 @@ def train_on_ray(
         torch_config=TorchConfig(backend="nccl" if plan.gpus_per_worker >= 1 else "gloo"),
         run_config=RunConfig(
             name=RUN_NAME,
-            storage_path=storage_path,
+            storage_path=storage,
             failure_config=FailureConfig(max_failures=plan.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
         ),
@@ -93,12 +130,6 @@ def train_on_ray(
         except Exception as error:
             raise_user_error(error)
             raise
-    folder = newest_checkpoint(storage_path, state.key, state.folder / "final")
-    if folder is None:
-        raise ValueError(
-            f"training ended without a whole checkpoint in {storage_path}: is the storage full or not writable?"
-        )
-    return folder
 
 
 @contextlib.contextmanager
@@ -107,7 +138,8 @@ def draining(
 ) -> Iterator[None]:
     """Pass the workers' messages to the callbacks, in a thread, until the block has ended and the queue is empty.
 
-    Raises the first error of a callback, and TrainingDivergedError if the workers say that the training diverged.
+    Raises the first error of a callback, TrainingDivergedError if the training diverged, and ValueError if a worker ran out of GPU
+    memory. These take precedence over an error of the block, which may follow from them.
     """
     from ray.util.queue import Empty
 
@@ -133,18 +165,25 @@ def draining(
                     on_picture(message["step"], message["picture"])
                 if "diverged" in message:
                     raise TrainingDivergedError(message["diverged"])
+                if "out_of_memory" in message:
+                    raise ValueError(OUT_OF_MEMORY)
             except Exception as error:
                 failure.append(error)
 
     thread = threading.Thread(target=drain, name="drain", daemon=True)
     thread.start()
+    ended: Exception | None = None
     try:
         yield
+    except Exception as error:
+        ended = error
     finally:
         stop.set()
         thread.join()
     if failure:
         raise failure[0]
+    if ended is not None:
+        raise ended
 
 
 def raise_user_error(error: BaseException) -> None:

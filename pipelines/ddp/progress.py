@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core.storage import atomic_path
+from pipelines.durations import minutes_and_seconds
 from pipelines.tracking import Run
 
 ROWS_PER_FLUSH = 10
@@ -31,16 +32,15 @@ class ProgressLog:
 
     def on_row(self, row: dict[str, Any]) -> None:
         self.pending.append(row)
-        if "images_per_s" not in row:  # of an earlier process
+        if "images_per_s" not in row:  # a row of an earlier process
             return
         if len(self.pending) >= ROWS_PER_FLUSH:
             self.flush()
         if row["step"] - self.shown >= self.steps / LINES or row["step"] == self.steps:
             self.shown = row["step"]
-            minutes, seconds = divmod(int(row["seconds_left"]), 60)
             log.info(
-                "step %d/%d  loss %.4f  lr %.2e  grad %.2f  %.0f images/s  ETA %d:%02d",
-                row["step"], self.steps, row["loss"], row["learning_rate"], row["grad_norm"], row["images_per_s"], minutes, seconds,
+                "step %d/%d  loss %.4f  lr %.2e  grad %.2f  %.0f images/s  ETA %s",
+                row["step"], self.steps, row["loss"], row["learning_rate"], row["grad_norm"], row["images_per_s"], minutes_and_seconds(row["seconds_left"]),
             )  # fmt: skip
 
     def on_picture(self, step: int, picture: bytes) -> None:
@@ -50,7 +50,7 @@ class ProgressLog:
         self.run.log_artifact(path, "samples")
 
     def flush(self, history: Sequence[dict[str, float]] = ()) -> None:
-        """Log the pending rows. ``history``, all rows of the run, fills in those that a kill has lost."""
+        """Log the pending rows. ``history``, all rows of the run, adds the rows that a kill has lost."""
         pending, self.pending = self.pending, []
         for rows in (pending, history):  # a run skips rows of earlier calls
             self.run.log_rows(

@@ -1,4 +1,4 @@
-"""The parts of a training run that survive a kill: checkpoints, Ray Train's snapshots, and workers that still live."""
+"""State that survives a kill: checkpoints, Ray Train's snapshots, and workers that still run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import contextlib
 import fcntl
 import json
 import logging
+import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from diffusion_core.storage import atomic_folder
 from pipelines.cluster import is_uri
@@ -18,9 +21,12 @@ LOCK = "worker.lock"
 
 log = logging.getLogger("rediffuse")
 
+_worker_lock: TextIO | None = None
+"""The open file that holds this process's lock; the lock ends with the file."""
+
 
 def newest_checkpoint(storage_path: str, key: str, copy_to: Path) -> Path | None:
-    """Return the folder of the run's newest whole checkpoint, or None. Copies it to ``copy_to`` if the storage is a URI.
+    """Return the folder of the newest whole checkpoint, or None. Copies it to ``copy_to`` if the storage is a URI.
 
     Skips a torn checkpoint with a warning.
     """
@@ -45,6 +51,18 @@ def newest_checkpoint(storage_path: str, key: str, copy_to: Path) -> Path | None
     return None
 
 
+def adopt_checkpoint(storage_path: str, earlier: Sequence[str], key: str, scratch: Path) -> None:
+    """Copy the newest whole checkpoint of the earlier storages into the storage, if it is newer than every one there."""
+    newest = _step_of(newest_checkpoint(storage_path, key, scratch / "own"), key) if earlier else 0
+    for number, other in enumerate(earlier):
+        folder = newest_checkpoint(other, key, scratch / str(number))
+        step = _step_of(folder, key)
+        if folder is not None and step > newest:
+            log.info("the checkpoint of step %d lies in an earlier storage, %s: copied", step, other)
+            _copy_folder(folder, f"{storage_path}/{RUN_NAME}/step_{step:08d}")
+            newest = step
+
+
 def rename_torn_snapshots(run_dir: Path) -> None:
     """Rename Ray Train's snapshots that a kill has torn: Ray writes them in place and fails on a torn one. Checkpoints stay."""
     for path in run_dir.glob("*snapshot*.json"):
@@ -56,17 +74,17 @@ def rename_torn_snapshots(run_dir: Path) -> None:
 
 
 def hold_worker_lock(state_dir: Path) -> None:
-    """Hold a shared lock until this process ends, so that a new driver can tell when the workers of an old run are gone."""
-    with contextlib.suppress(OSError):  # a node without the folder: Ray's own job control must do
-        file = open(state_dir / LOCK, "a+")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_SH)
-        globals()["_worker_lock"] = file
+    """Hold a shared lock until this process ends, so that a new driver can wait for the workers of an earlier one."""
+    global _worker_lock
+    with contextlib.suppress(OSError):  # a node without this folder relies on Ray's job control
+        _worker_lock = open(state_dir / LOCK, "a+")  # noqa: SIM115
+        fcntl.flock(_worker_lock, fcntl.LOCK_SH)
 
 
 def wait_for_workers(state_dir: Path, seconds: float = 120.0) -> None:
-    """Wait until no worker of an earlier driver of this run lives: after a kill they train for some seconds more.
+    """Wait until the workers of an earlier driver have ended; after a kill they run for some seconds.
 
-    Raises ValueError if one still lives after ``seconds``.
+    Raises ValueError if one still runs after ``seconds``.
     """
     deadline, waiting = time.monotonic() + seconds, False
     with open(state_dir / LOCK, "a+") as file:
@@ -84,3 +102,20 @@ def wait_for_workers(state_dir: Path, seconds: float = 120.0) -> None:
                         "then run the same command again"
                     ) from None
                 time.sleep(0.5)
+
+
+def _step_of(folder: Path | None, key: str) -> int:
+    return check_checkpoint(folder, key) if folder is not None else 0
+
+
+def _copy_folder(folder: Path, target: str) -> None:
+    """Copy a local folder to a folder or URI."""
+    from pyarrow import fs
+
+    if not is_uri(target):
+        with atomic_folder(Path(target)) as temporary:
+            shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        return
+    filesystem, path = fs.FileSystem.from_uri(target)
+    filesystem.create_dir(path, recursive=True)
+    fs.copy_files(str(folder), path, destination_filesystem=filesystem)

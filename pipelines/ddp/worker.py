@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.data.shards import open_split
-from pipelines.ddp.sample_picture import sample_picture
+from pipelines.ddp.progress_picture import progress_picture
 from pipelines.ddp.surviving_state import hold_worker_lock, newest_checkpoint
 from pipelines.devices import prepare_process
 from pipelines.training.checkpoint import load_checkpoint, save_checkpoint
@@ -32,10 +32,13 @@ def worker(config: dict[str, Any]) -> None:
     """Join DDP, load the newest whole checkpoint, train, and report checkpoints to Ray.
 
     Rank 0 puts its messages into the queue of the config: ``resumed`` with the rows so far, ``rows``, ``picture``, ``diverged``.
+    Any rank puts ``out_of_memory``, and fails if there are other ranks, which ends them. On Ray's retry every rank returns at once.
     """
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
+    if not config["stop"].empty():
+        return
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     prepare_process(config["threads"])
@@ -62,7 +65,7 @@ def worker(config: dict[str, Any]) -> None:
 
     def on_sample(state: TrainState) -> None:
         if rank == 0:
-            queue.put({"picture": sample_picture(settings, state), "step": state.step})
+            queue.put({"picture": progress_picture(settings, state), "step": state.step})
 
     def on_checkpoint(state: TrainState) -> None:
         metrics = {"step": state.step, "loss": float(state.losses[state.step - 1])}
@@ -78,13 +81,18 @@ def worker(config: dict[str, Any]) -> None:
     wrap = (lambda network: prepare_model(network)) if world_size > 1 else (lambda network: network)
     try:
         train(settings, images, state, hooks, rank=rank, world_size=world_size, wrap=wrap)
-    except TrainingDivergedError as error:  # on every rank, and again on every retry: end without a failure
+    except TrainingDivergedError as error:  # every rank raises this, and a retry would too: end without a failure
         if rank == 0:
             queue.put({"diverged": str(error)})
+    except torch.OutOfMemoryError:
+        config["stop"].put(True)
+        queue.put({"out_of_memory": True})
+        if world_size > 1:  # the other ranks may wait for this one in a collective: only a failure ends them
+            raise
 
 
 def broadcast_state(state: TrainState, rank: int) -> None:
-    """Give every rank the state of rank 0: tensors only, each on the state's own device. Every rank must call it."""
+    """Broadcast rank 0's state to every rank: tensors only, each on the state's own device. Every rank must call it."""
     device = next(state.network.parameters()).device
     step = torch.tensor([state.step], device=device)
     dist.broadcast(step, src=0)
@@ -100,7 +108,7 @@ def broadcast_state(state: TrainState, rank: int) -> None:
 
 
 def fill_optimizer(state: TrainState) -> None:
-    """Give AdamW's state its tensors, zero, in the layout that its first step would choose."""
+    """Create AdamW's state as zeros, in the layout of its first step."""
     for group in state.optimizer.param_groups:
         for parameter in group["params"]:
             state.optimizer.state[parameter] = {

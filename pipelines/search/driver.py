@@ -1,4 +1,4 @@
-"""The search's driver: it hands each rung of trials to Ray Tune, and reads the results from the trials' folders."""
+"""The driver of the search: runs each rung of trials on Ray Tune, and reads the results from the trials' folders."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 from pyarrow import fs
 
 from pipelines.cluster import is_uri
+from pipelines.durations import minutes_and_seconds
 from pipelines.measurement.measure import jackknife_error
 from pipelines.resources import TaskPlan
 from pipelines.search.halving import Proposer, search
 from pipelines.search.records import Choice, Trial, TrialResult
-from pipelines.search.worker import TrialFolder, TrialWork, run_rung
+from pipelines.search.worker import TrialWork, run_rung, stored_result
 from pipelines.stage import describe_error, log
 
 TUNE_RUN = "tune"
@@ -35,17 +36,16 @@ def run_search(
     on_result: Callable[[Choice, TrialResult], None],
     trainable: Callable[..., None] = run_rung,
 ) -> list[Trial]:
-    """Search with Ray Tune and return all trials. A rung's result that a trial's folder has already is not computed again.
+    """Search with Ray Tune and return all trials. Skips rungs that already have a result.
 
-    ``trainable(config, work)`` judges one trial at one rung, see `run_rung`. ``on_result`` gets each result once, in this process, as soon as it is there. Raises ValueError if a trial fails more than
-    ``plan.max_retries`` times, or all trials diverge.
+    ``trainable(config, work)`` judges one trial at one rung, see `run_rung`. ``on_result`` is called once per result, in this
+    process, as soon as the result exists. Raises ValueError if a trial fails more than ``plan.max_retries`` times, or all trials
+    diverge.
     """
     judge = _Judge(work, plan, trainable, on_result, _Progress(num_trials, rungs, reduction_factor))
     trials = search(proposer, judge, num_trials=num_trials, rungs=rungs, reduction_factor=reduction_factor)
     if all(trial.result.diverged for trial in trials):
-        raise ValueError(
-            "no trial of the search gave a usable model, every trial diverged: narrow tune.space, its learning_rate above all"
-        )
+        raise ValueError("every trial of the search diverged: narrow tune.space, first its learning_rate")
     return trials
 
 
@@ -67,7 +67,10 @@ class _Judge:
         self.progress.begin(step, len(choices), len(results))
         if results:
             log.info(
-                "resuming the search: %d of %d trials are judged at step %d already", len(results), len(choices), step
+                "resuming the search: %d of %d trials already have a result at step %d",
+                len(results),
+                len(choices),
+                step,
             )
         for choice, result in results.items():
             self.on_result(choice, result)
@@ -84,7 +87,7 @@ class _Judge:
             error = self._run_tune(missing, step, arrived)
             for choice in missing:
                 arrived(choice)
-            if error is not None or len(results) < len(choices):
+            if len(results) < len(choices):
                 failed = next(choice for choice in choices if choice not in results)
                 raise ValueError(
                     f"{failed} failed at step {step} after {self.plan.max_retries} retries "
@@ -93,12 +96,12 @@ class _Judge:
         return [results[choice] for choice in choices]
 
     def _stored(self, choice: Choice, step: int) -> TrialResult | None:
-        return TrialFolder(self.work.storage, choice).result(step)
+        return stored_result(self.work, choice, step)
 
     def _run_tune(
         self, choices: Sequence[Choice], step: int, on_complete: Callable[[Choice], None]
     ) -> BaseException | None:
-        """Run one trial of Ray Tune per choice, up to ``step``; return the error of a trial that failed for good."""
+        """Run one trial of Ray Tune per choice, up to ``step``. Return the error of a trial that failed after its retries, or None."""
         from ray import tune
 
         resources = {"cpu": self.plan.cpus}
@@ -168,8 +171,8 @@ class _Progress:
             text = f"diverged before step {step}"
         else:
             text = f"FID {result.fid:.3f} +- {jackknife_error(result.leave_one_out):.3f} at step {step}"
-        eta = f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-        return f"{text}; {self.judged[step]} of {self.planned[step]} judged at this rung  ETA {eta}"
+        remaining = minutes_and_seconds(seconds)
+        return f"{text}; {self.judged[step]} of {self.planned[step]} judged at this rung  ETA {remaining}"
 
 
 def _name_of(trial: Any) -> str:
@@ -180,7 +183,7 @@ def _callback(on_complete: Callable[[Choice], None]) -> Any:
     from ray import tune
 
     class RungCallback(tune.Callback):
-        """Ray Tune pickles callbacks with its state, which is never restored here: the copy is a plain callback."""
+        """Callback for one rung. Pickles as a plain callback, because Ray Tune's saved state is never restored."""
 
         def __reduce__(self) -> tuple[Any, ...]:
             return tune.Callback, ()

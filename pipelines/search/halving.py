@@ -15,7 +15,7 @@ from pipelines.measurement.measure import jackknife_error
 from pipelines.search.records import Choice, Trial, TrialResult
 
 GENERATION = 10
-"""Trials that are proposed before their results are told: the number of TPE's random startup trials."""
+"""Trials proposed before any of their results is reported; equals TPE's number of random startup trials."""
 
 
 class Proposer(Protocol):
@@ -83,7 +83,7 @@ class Verdict:
     """The winner and how sure its lead is.
 
     ``difference``: the runner-up's quick FID minus the winner's, with its standard ``error``; all three are None if one trial
-    was judged at the last rung. ``tied``: the trials that cannot be told from the best one, by number, the best included.
+    was judged at the last rung. ``tied``: the best trial and those tied with it, by number.
     """
 
     winner: Trial
@@ -100,8 +100,8 @@ class Verdict:
 def winner(trials: Sequence[Trial]) -> Verdict:
     """Pick the winner among the trials judged at the furthest step.
 
-    Two trials are tied if their quick FIDs differ by at most two standard errors of the difference. Of the trials that are
-    tied with the best one, the lowest number wins: train's own settings are number 0, so a tie changes as little as possible.
+    Two trials are tied if their quick FIDs differ by at most two standard errors of the difference. The lowest number
+    among the tied trials wins: train's own settings are number 0, so a tie changes as little as possible.
     The runner-up is the best of the others. At least one trial must not have diverged.
     """
     usable = [trial for trial in trials if not trial.result.diverged]

@@ -15,7 +15,7 @@ from pipelines.search.records import Choice
 log = logging.getLogger("rediffuse")
 
 TRIES = 20
-"""How often a choice is drawn again that was proposed before."""
+"""Maximum number of draws until a choice is new."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The settings that a trial tries, and what its rungs measure."""
+"""Records of the search: the choice that a trial tries, and its results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass
 
 FAILED_FID = 1e9
-"""The quick FID of a diverged trial: worse than that of any image, and still a number."""
+"""Quick FID of a diverged trial: finite, and larger than any real FID."""
 
 
 @dataclass(frozen=True)

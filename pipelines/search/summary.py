@@ -1,4 +1,4 @@
-"""What the search reports: the table of trials, its metrics, and one line about the winner."""
+"""The search's report: trials, metrics, and one line about the winner."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = ("trial", *(field.name for field in fields(Choice)), "step", "fid", "f
 
 
 def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Return the rows of trials.csv: the trials that went furthest first, then by FID, then by name."""
+    """Return the rows of trials.csv: the longest-trained trials first, then by FID, then by name."""
     ordered = sorted(trials, key=lambda trial: (-trial.result.step, trial.result.fid, trial.choice.name))
     return [
         {

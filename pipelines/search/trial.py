@@ -11,7 +11,7 @@ import torch
 
 from diffusion_core.generation import SamplerSettings
 from diffusion_core.metrics.frechet import frechet_distance
-from pipelines.measurement.measure import GROUPS, leave_one_out, measure, rows_per_call
+from pipelines.measurement.measure import GROUPS, leave_one_out, measure, measurement_rows
 from pipelines.measurement.reference import Reference
 from pipelines.search.records import FAILED_FID, Choice, TrialResult
 from pipelines.training.loop import Images, TrainingDivergedError, TrainSettings, TrainState, train
@@ -42,7 +42,7 @@ def judge_rung(
     num_samples: int,
     ddim_steps: int,
 ) -> TrialResult:
-    """Train ``state`` to step ``rung`` and return its quick FID; a state that is there already is only judged.
+    """Train ``state`` to step ``rung`` and return its quick FID. A state already at ``rung`` is only measured.
 
     The FID compares ``num_samples`` samples of deterministic DDIM with the train split. Noise and labels depend only on the
     seed and the sample's index, so they are the same for every trial. A diverged trial has `FAILED_FID`, and its state must
@@ -61,7 +61,7 @@ def judge_rung(
         torch.arange(num_samples),
         SamplerSettings(steps=ddim_steps, eta=0.0),
         seed=settings.seed,
-        rows_per_call=rows_per_call(next(model.network.parameters()).device.type),
+        rows_per_call=measurement_rows(next(model.network.parameters()).device.type),
         num_groups=GROUPS,
     )
     real = reference.statistics["train"]

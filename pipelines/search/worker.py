@@ -1,4 +1,4 @@
-"""What a Ray Tune trial runs, and the folder that keeps its results and its checkpoint."""
+"""The function that a Ray Tune trial runs, and the folder of its results and checkpoint."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ from pipelines.training.loop import TrainSettings, TrainState, new_state
 
 @dataclass(frozen=True)
 class TrialWork:
-    """What all trials share. ``storage`` is a folder or a URI; paths are absolute, because trials run elsewhere."""
+    """Settings that all trials share. ``storage`` is a folder or a URI; ``earlier`` are the storages of earlier runs.
+
+    Paths are absolute, because trials run in another working directory.
+    """
 
     settings: TrainSettings
     data_dir: str
     reference_dir: str
     data_hash: str
     storage: str
+    earlier: tuple[str, ...]
     key: str
     num_samples: int
     ddim_steps: int
@@ -45,19 +49,20 @@ class TrialWork:
 def run_rung(config: Mapping[str, Any], work: TrialWork) -> None:
     """Judge the trial ``config["choice"]`` at step ``config["rung"]``, and report its ``fid`` to Ray Tune.
 
-    Resumes from the trial's checkpoint of an earlier rung. Does nothing if the trial's folder has the result already.
+    Resumes from the trial's checkpoint of an earlier rung. Skips a rung that already has a result.
     """
     from ray import tune
 
     choice, rung = Choice(**config["choice"]), int(config["rung"])
     folder = TrialFolder(work.storage, choice)
     with folder.locked():
-        result = folder.result(rung)
+        result = stored_result(work, choice, rung)
         if result is None:
             device = prepare_process(work.threads)
             settings, key = trial_settings(work.settings, choice), f"{work.key}/{choice.name}"
             state = new_state(settings, device)
-            folder.restore(state, key, rung)
+            for storage in (work.storage, *work.earlier):
+                TrialFolder(storage, choice).restore(state, key, rung)
             images = open_split(Path(work.data_dir), "train")
             reference = _load_reference(work.reference_dir, work.data_hash, str(device))
             result = judge_rung(
@@ -67,6 +72,12 @@ def run_rung(config: Mapping[str, Any], work: TrialWork) -> None:
                 folder.save_checkpoint(state, key)
             folder.save_result(result)
     tune.report({"fid": result.fid})
+
+
+def stored_result(work: TrialWork, choice: Choice, step: int) -> TrialResult | None:
+    """Return the trial's result at a rung, from its storage or an earlier one; None if there is none."""
+    results = (TrialFolder(storage, choice).result(step) for storage in (work.storage, *work.earlier))
+    return next((result for result in results if result is not None), None)
 
 
 class TrialFolder:
@@ -113,9 +124,9 @@ class TrialFolder:
                 self.filesystem.delete_dir(older)
 
     def restore(self, state: TrainState, key: str, most: int) -> None:
-        """Load the newest complete checkpoint of at most ``most`` steps into ``state``, if there is one."""
+        """Load the newest whole checkpoint of at most ``most`` steps into ``state``, if it is newer than ``state``."""
         for step, path in self._checkpoints():
-            if step > most:
+            if not state.step < step <= most:
                 continue
             try:
                 if self.local:
@@ -130,7 +141,7 @@ class TrialFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Wait until no process of an earlier, killed search works on this trial. At a URI there is no lock."""
+        """Hold the trial's lock; wait for processes of a killed search. A URI has no lock."""
         if not self.local:
             yield
             return

@@ -37,6 +37,12 @@ def main() -> None:
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         warmup_steps=min(50, arguments.steps),
+        decay="cosine",
+        weight_decay=0.0,
+        grad_clip=1.0,
+        ema_decay=0.999,
+        condition_dropout=0.1,
+        horizontal_flip=False,
         precision=best_precision(device) if arguments.precision == "auto" else arguments.precision,
         network={
             "name": "unet",

@@ -10,12 +10,16 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from diffusion_core.storage import read_json, sync_folder, write_json
+from diffusion_core.storage import file_sha256, read_json, sync_folder, write_json
 from pipelines.training.loop import TrainState
 
 TENSORS, DESCRIPTION = "checkpoint.safetensors", "checkpoint.json"
 ORIGIN = ("torch", "device_type")
-"""Entries of the description that tell where the steps before the checkpoint ran."""
+"""Description entries for the torch version and device type of the writing process."""
+
+
+class CheckpointMismatchError(ValueError):
+    """A whole checkpoint whose tensors do not fit the network or the settings."""
 
 
 def save_checkpoint(state: TrainState, folder: Path, key: str) -> None:
@@ -34,8 +38,7 @@ def save_checkpoint(state: TrainState, folder: Path, key: str) -> None:
     }
     path = folder / TENSORS
     save_file(tensors, path)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(path)
     sync_folder(folder)
     device_type = next(state.network.parameters()).device.type
     origin = dict(zip(ORIGIN, (str(torch.__version__), device_type), strict=True))
@@ -43,10 +46,15 @@ def save_checkpoint(state: TrainState, folder: Path, key: str) -> None:
 
 
 def load_checkpoint(state: TrainState, folder: Path, key: str) -> None:
-    """Put the checkpoint's values into ``state``. Raises ValueError if it is torn, damaged or of another run."""
+    """Put the checkpoint's values into ``state``.
+
+    Raises ValueError if it is torn, damaged or of another run, and CheckpointMismatchError if it does not fit; ``state`` is then
+    unchanged.
+    """
     description = read_json(folder / DESCRIPTION)
     content = _checked(folder, description, key)
     tensors = load(content)
+    _check_fit(state, tensors, int(description["step"]), folder)
     state.network.load_state_dict(_under("network.", tensors))
     state.ema.network.load_state_dict(_under("ema.", tensors))
     parameters = list(state.network.parameters())
@@ -54,9 +62,8 @@ def load_checkpoint(state: TrainState, folder: Path, key: str) -> None:
     for name, value in _under("optimizer.", tensors).items():
         index, slot = name.split(".", 1)
         like = parameters[int(index)]
-        if (
-            value.shape == like.shape
-        ):  # the fused optimizer needs the strides of the parameter: it walks memory in order
+        if value.shape == like.shape:
+            # the fused optimizer walks memory in order, so its state needs the parameter's strides
             value = torch.empty_like(like, device="cpu").copy_(value)
         slots.setdefault(int(index), {})[slot] = value
     state.optimizer.load_state_dict({"state": slots, "param_groups": state.optimizer.state_dict()["param_groups"]})
@@ -92,6 +99,27 @@ def _checked(folder: Path, description: Any, key: str) -> bytes:
     if hashlib.sha256(content).hexdigest() != expected:
         raise ValueError(f"{folder / TENSORS} is torn: its SHA-256 is not the one in {DESCRIPTION}")
     return content
+
+
+def _check_fit(state: TrainState, tensors: dict[str, Tensor], step: int, folder: Path) -> None:
+    """Raise CheckpointMismatchError if the tensors are not those of ``state`` after ``step`` steps."""
+    networks = {"network": state.network, "ema": state.ema.network}
+    expected = {
+        f"{prefix}.{name}": value.shape
+        for prefix, network in networks.items()
+        for name, value in network.state_dict().items()
+    }
+    for index, parameter in enumerate(state.network.parameters() if step else ()):
+        expected[f"optimizer.{index}.step"] = torch.Size([])
+        expected |= {f"optimizer.{index}.{name}": parameter.shape for name in ("exp_avg", "exp_avg_sq")}
+    expected |= {f"history.{name}": torch.Size([step]) for name in ("losses", "grad_norms")}
+    different = sorted(
+        name for name in expected.keys() | tensors.keys()
+        if name not in tensors or expected.get(name) != tensors[name].shape
+    )  # fmt: skip
+    if step > len(state.losses) or different:
+        reason = f"{different[0]} differs" if different else f"{step} steps are more than {len(state.losses)}"
+        raise CheckpointMismatchError(f"the checkpoint {folder} does not fit the network or the settings: {reason}")
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

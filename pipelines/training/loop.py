@@ -49,14 +49,14 @@ class TrainSettings:
     weighting: str
     precision: str
     """fp32, or bf16 for autocast to bfloat16."""
-    warmup_steps: int = 0
-    decay: str = "cosine"
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    ema_decay: float = 0.999
-    condition_dropout: float = 0.1
-    horizontal_flip: bool = False
-    class_names: tuple[str, ...] = ()
+    warmup_steps: int
+    decay: str
+    weight_decay: float
+    grad_clip: float
+    ema_decay: float
+    condition_dropout: float
+    horizontal_flip: bool
+    class_names: tuple[str, ...]
 
 
 class Images(Protocol):

@@ -1,4 +1,4 @@
-"""From a training state to a model that can be sampled."""
+"""Conversion of a training state to a DiffusionModel."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""From params.yaml and the data set to the settings of the training loop, and the search's choice in best.yaml."""
+"""Settings of the training loop, from params.yaml, the manifest and best.yaml."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,16 @@ from pipelines.training.loop import TrainSettings
 SEARCHED = ("schedule", "objective", "weighting", "learning_rate")
 
 
+@dataclass(frozen=True)
+class Best:
+    """The search's choice: overrides of train's settings. ``resumed_across_changes``: see `pipelines.identity.State`."""
+
+    overrides: Mapping[str, Any]
+    resumed_across_changes: tuple[str, ...] = ()
+
+
 def train_settings(train: Train, seed: int, manifest: Manifest, precision: str) -> TrainSettings:
-    """Return the settings of the loop. ``precision`` is the resolved one, fp32 or bf16, and takes the place of train's."""
+    """Return the settings of the loop. ``precision``: fp32 or bf16, resolved; replaces ``train.precision``."""
     height, _, channels = manifest.shape
     unused = set() if train.network.name == "unet" else {"multipliers", "num_res_blocks", "attention_sizes", "dropout"}
     network = train.network.model_dump(exclude=unused) | {
@@ -45,10 +55,10 @@ def train_settings(train: Train, seed: int, manifest: Manifest, precision: str) 
     )
 
 
-def read_overrides(path: Path) -> dict[str, Any]:
+def read_best(path: Path) -> Best:
     """Return the search's choice from best.yaml. Raises ValueError if the file does not have its form."""
     tree = read_yaml(path)
     overrides = tree.get("overrides") if isinstance(tree, dict) else None
     if not isinstance(overrides, dict) or not set(overrides) <= set(SEARCHED):
         raise ValueError(f"{path}: must hold overrides of {', '.join(SEARCHED)}: run the tune stage again")
-    return overrides
+    return Best(overrides, tuple(str(module) for module in tree.get("resumed_across_changes") or ()))

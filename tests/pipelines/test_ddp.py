@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,25 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipelines import identity
+from pipelines import train as stage
 from pipelines.cluster import ray_session
-from pipelines.data.shards import SPLITS, write_manifest, write_shards
-from pipelines.ddp.driver import raise_user_error, train_on_ray
+from pipelines.data.shards import SPLITS, Manifest, open_split, write_manifest, write_shards
+from pipelines.ddp import driver
+from pipelines.ddp import worker as worker_module
+from pipelines.ddp.driver import draining, raise_user_error, train_on_ray
 from pipelines.ddp.progress import ProgressLog
-from pipelines.ddp.sample_picture import sample_picture
+from pipelines.ddp.progress_picture import progress_picture
 from pipelines.ddp.surviving_state import hold_worker_lock, newest_checkpoint, rename_torn_snapshots, wait_for_workers
 from pipelines.ddp.worker import broadcast_state
 from pipelines.identity import State
-from pipelines.params import RayRun
-from pipelines.resources import TrainingPlan
-from pipelines.training.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
-from pipelines.training.loop import TrainState, learning_rate_at, new_state, rows, train
-from tests.pipelines.test_training_loop import CPU, SETTINGS, WITH_DROPOUT, Noise, weights
+from pipelines.params import Params, RayRun, RunSettings, load_params, with_overrides
+from pipelines.resources import Node, TrainingPlan
+from pipelines.storages import earlier_storages
+from pipelines.training.checkpoint import CheckpointMismatchError, check_checkpoint, load_checkpoint, save_checkpoint
+from pipelines.training.loop import TrainSettings, TrainState, learning_rate_at, new_state, rows, train
+from pipelines.training.settings import train_settings
+from tests.pipelines.test_training_loop import CPU, ROOT, SETTINGS, WITH_DROPOUT, Noise, weights
 
 STEPS = 100
 LONG = replace(WITH_DROPOUT, steps=STEPS, batch_size=16, warmup_steps=10)
@@ -78,7 +85,8 @@ def start_on_ray(
         LONG,
         replace(PLAN, **changes),
         data_dir=data_dir,
-        storage=str(storage),
+        storage=str(state_dir),
+        earlier=(),
         state=State(state_dir, "key"),
         on_row=on_row,
         on_picture=on_picture,
@@ -86,7 +94,7 @@ def start_on_ray(
 
 
 def run_on_ray(storage: Path, data_dir: Path, num_workers: int, **changes: Any) -> tuple[TrainState, Record]:
-    """Train to the end; returns the final state and what the driver got."""
+    """Train to the end. Return the final state and the messages that the driver got."""
     record = Record()
     folder = start_on_ray(
         storage, data_dir, record.rows.append, record.pictures.__setitem__, num_workers=num_workers, **changes
@@ -148,17 +156,15 @@ def stopped(ray: None, data_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_run_of_two_workers_resumes_on_another_number_of_workers(
-    stopped: Path, runs: dict[int, tuple[TrainState, Path]], data_dir: Path, tmp_path: Path, num_workers: int
+def test_run_of_two_workers_resumes_on_three_workers(
+    stopped: Path, runs: dict[int, tuple[TrainState, Path]], data_dir: Path, tmp_path: Path
 ) -> None:
     whole, _ = runs[2]
-    shutil.copytree(stopped, tmp_path / "storage")
-    found = newest_checkpoint(str(tmp_path / "storage/train/key"), "key", tmp_path)
+    found = newest_checkpoint(str(stopped / "train/key"), "key", tmp_path)
     assert found is not None
     at = check_checkpoint(found, "key")
     assert 0 < at < STEPS
-    resumed, record = run_on_ray(tmp_path / "storage", data_dir, num_workers, log_every=20)
+    resumed, record = run_on_ray(stopped, data_dir, 3, log_every=20)
     assert [row["step"] for row in record.rows] == [20, 40, 60, 80, 100]
     assert ["images_per_s" in row for row in record.rows] == [step > at for step in (20, 40, 60, 80, 100)]
     assert torch.equal(resumed.losses[:at], whole.losses[:at])
@@ -257,12 +263,12 @@ def test_error_of_a_user_is_found_under_the_errors_of_ray() -> None:
     assert raise_user_error(Wrapped(RuntimeError("our fault"))) is None
 
 
-def test_sample_picture_shows_a_column_per_class() -> None:
+def test_progress_picture_shows_a_column_per_class() -> None:
     import io
 
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(sample_picture(SETTINGS, new_state(SETTINGS, CPU))))
+    picture = Image.open(io.BytesIO(progress_picture(SETTINGS, new_state(SETTINGS, CPU))))
     assert picture.size == (3 * (32 + 2) + 2, 4 * (32 + 2) + 2)
 
 
@@ -280,7 +286,7 @@ class FakeRun:
         self.artifacts.append(f"{folder}/{path.name}")
 
 
-def test_flush_with_the_history_fills_in_rows_that_a_kill_has_lost(tmp_path: Path) -> None:
+def test_flush_with_the_history_adds_the_rows_that_a_kill_has_lost(tmp_path: Path) -> None:
     state = train(SETTINGS, Noise(), new_state(SETTINGS, CPU))
     history = rows(SETTINGS, state, 2)
     run = FakeRun()
@@ -298,3 +304,233 @@ def test_flush_with_the_history_fills_in_rows_that_a_kill_has_lost(tmp_path: Pat
     }
     assert run.artifacts == ["samples/step_00000012.png"]
     assert (tmp_path / "step_00000012.png").read_bytes() == b"png"
+
+
+class FakeQueue:
+    """A queue of Ray that lives in this process."""
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+
+    def put(self, message: Any) -> None:
+        self.messages.append(message)
+
+    def get(self, timeout: float) -> Any:
+        from ray.util.queue import Empty
+
+        if not self.messages:
+            raise Empty
+        return self.messages.pop(0)
+
+    def empty(self) -> bool:
+        return not self.messages
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_worker_without_gpu_memory_ends_the_training_at_once_with_the_settings_to_change(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    class Context:
+        get_world_rank = staticmethod(lambda: num_workers - 1)
+        get_world_size = staticmethod(lambda: num_workers)
+
+    steps: list[str] = []
+
+    def out_of_memory(*args: Any, **options: Any) -> None:
+        steps.append("step")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("ray.train.get_context", Context)
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: CPU)
+    monkeypatch.setattr(worker_module, "prepare_process", lambda threads: CPU)
+    monkeypatch.setattr(worker_module, "train", out_of_memory)
+    monkeypatch.setattr(worker_module, "broadcast_state", lambda state, rank: None)
+    queue, stop = FakeQueue(), FakeQueue()
+    config = {
+        "settings": asdict(SETTINGS), "data_dir": str(data_dir), "state_dir": str(tmp_path), "storage_path": str(tmp_path),
+        "key": "key", "queue": queue, "stop": stop, "threads": 1, "hooks": {},
+    }  # fmt: skip
+    with (
+        pytest.raises(ValueError, match=r"lower train\.batch_size or train\.network\.channels .* or add workers"),
+        draining(queue, lambda row: None, lambda step, picture: None),
+    ):
+        worker_module.worker(config)
+    worker_module.worker(config)
+    assert steps == ["step"], "Ray's retry does not train again"
+
+
+def test_storages_of_earlier_runs_are_recorded_and_unreachable_ones_are_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="rediffuse")
+    state = State(tmp_path / "state", "key")
+    state.folder.mkdir()
+    own, local, uri = str(state.folder), str(tmp_path / "local"), f"file://{tmp_path}/remote"
+    for folder in ("local", "remote"):
+        (tmp_path / folder).mkdir()
+    assert earlier_storages(state, own) == ()
+    assert not list(state.folder.iterdir()), "the default storage is not recorded"
+    assert earlier_storages(state, local) == (own,)
+    assert earlier_storages(state, uri) == (own, local)
+    assert earlier_storages(state, own) == (local, uri)
+    shutil.rmtree(tmp_path / "remote")
+    assert caplog.records == []
+    assert earlier_storages(state, local) == (own,)
+    assert [record.message for record in caplog.records] == [
+        f"earlier storage {uri} holds nothing or cannot be reached: skipped"
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_newest_checkpoint_of_all_storages_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    state = new_state(SETTINGS, CPU)
+    for step, storage in ((4, "one"), (8, "two"), (12, "three")):
+        folder = tmp_path / storage / f"train/step_{step:08d}"
+        folder.mkdir(parents=True)
+        save_checkpoint(train(SETTINGS, Noise(), state, until=step), folder, "key")
+    torn = tmp_path / "three/train/step_00000012/checkpoint.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    one, two, three = (f"{scheme}{tmp_path}/{name}" for name in ("one", "two", "three"))
+    resumed_at: list[int] = []
+
+    def fit(settings: TrainSettings, plan: TrainingPlan, data_dir: Path, storage: str, *rest: Any) -> None:
+        found = newest_checkpoint(storage, "key", tmp_path / "found")
+        resumed_at.append(check_checkpoint(found, "key") if found is not None else 0)
+
+    monkeypatch.setattr(driver, "_fit", fit)
+    for storage, earlier in ((one, (three, two)), (two, (one,)), (f"{scheme}{tmp_path}/new", (one,))):
+        train_on_ray(
+            SETTINGS, PLAN, data_dir=tmp_path, storage=storage, earlier=earlier, state=State(tmp_path, "key"),
+            on_row=lambda row: None, on_picture=lambda step, picture: None,
+        )  # fmt: skip
+    assert resumed_at == [8, 8, 8]
+
+
+class FakeStageRun(FakeRun):
+    """A run of MLflow that the train stage can use."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None: ...
+    def log_dict(self, value: Any, name: str) -> None: ...
+    def set_tags(self, tags: dict[str, str]) -> None: ...
+
+
+class TrainStage:
+    """The train stage in this process, without Ray and MLflow. ``stop_at`` interrupts it after a checkpoint at that step."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self.stop_at: int | None = None
+        self.resumed_at: list[int] = []
+
+    def fit(
+        self, settings: TrainSettings, plan: TrainingPlan, data_dir: Path, storage: str, state: State, *rest: Any
+    ) -> None:
+        current = new_state(settings, CPU)
+        folder = newest_checkpoint(storage, state.key, Path("found"))
+        if folder is not None:
+            load_checkpoint(current, folder, state.key)
+        self.resumed_at.append(current.step)
+        train(settings, open_split(data_dir, "train"), current, until=self.stop_at)
+        target = Path(storage.removeprefix("file://")) / f"train/step_{current.step:08d}"
+        target.mkdir(parents=True)
+        save_checkpoint(current, target, state.key)
+        if self.stop_at is not None:
+            raise ValueError("interrupted by the test")
+
+    def run(self, *, stop_at: int | None = None, storage: str = "runs", resume: str = "auto") -> dict[str, Any]:
+        """Run the stage. Return the provenance of its model."""
+        self.stop_at = stop_at
+        stage.train(self.params, RunSettings(resume=resume, ray=RayRun(storage=storage)))
+        return json.loads(Path("artifacts/model/model.json").read_text())["provenance"]
+
+
+@pytest.fixture
+def train_stage(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainStage:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data_dir, "artifacts/data")
+    Path("artifacts/search").mkdir()
+    Path("artifacts/search/best.yaml").write_text("overrides: {}\n")
+    params = load_params(ROOT / "params.yaml")
+    network = params.train.network.model_copy(update={"channels": 8, "multipliers": [1, 2], "attention_sizes": []})
+    small = {"steps": 12, "warmup_steps": 4, "batch_size": 8, "precision": "fp32", "network": network}
+    made = TrainStage(params.model_copy(update={"train": params.train.model_copy(update=small)}))
+    monkeypatch.setattr(driver, "_fit", made.fit)
+    monkeypatch.setattr(stage, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(stage, "cluster_nodes", lambda: [Node(1.0)])
+    monkeypatch.setattr(stage, "place", lambda plan: None)
+    monkeypatch.setattr(stage, "check_shared", lambda folders: None)
+    monkeypatch.setattr(stage, "stage_run", lambda *args, **options: contextlib.nullcontext(FakeStageRun()))
+    return made
+
+
+def change_the_code(monkeypatch: pytest.MonkeyPatch, mark: str = "changed") -> None:
+    """Let pipelines/training/loop.py have other code."""
+    digest = identity.source_digest
+    monkeypatch.setattr(identity, "source_digest", lambda path: digest(path) + (mark if path.name == "loop.py" else ""))
+
+
+def test_forced_resumes_of_training_and_search_are_named_in_the_provenance(
+    train_stage: TrainStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="interrupted by the test"):
+        train_stage.run(stop_at=6)
+    change_the_code(monkeypatch)
+    provenance = train_stage.run(resume="force")
+    assert train_stage.resumed_at == [0, 6]
+    assert provenance["resumed_across_changes"] == ["pipelines.training.loop"]
+    assert "search_resumed_across_changes" not in provenance
+    Path("artifacts/search/best.yaml").write_text("overrides: {}\nresumed_across_changes: [pipelines.search.trial]\n")
+    assert train_stage.run()["search_resumed_across_changes"] == ["pipelines.search.trial"]
+    assert train_stage.resumed_at == [0, 6], "the finished training is not repeated"
+
+
+def test_forced_resume_across_another_network_ends_at_once_and_auto_starts_from_the_beginning(
+    train_stage: TrainStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="interrupted by the test"):
+        train_stage.run(stop_at=6)
+    change_the_code(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            driver, "new_state", lambda settings, device: new_state(replace(settings, network=SETTINGS.network), device)
+        )
+        with pytest.raises(ValueError, match=r"does not fit the network .*: set resume: auto in run\.yaml") as caught:
+            train_stage.run(resume="force")
+    assert not isinstance(caught.value, CheckpointMismatchError)
+    assert train_stage.resumed_at == [0], "no worker was started"
+    assert "resumed_across_changes" not in train_stage.run()
+    assert train_stage.resumed_at == [0, 0]
+
+
+def test_changed_storage_does_not_restart_the_training(train_stage: TrainStage, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="interrupted by the test"):
+        train_stage.run(stop_at=4)
+    with pytest.raises(ValueError, match="interrupted by the test"):
+        train_stage.run(stop_at=8, storage=f"file://{tmp_path}/bucket")
+    train_stage.run(storage="other")
+    train_stage.run()
+    assert train_stage.resumed_at == [0, 4, 8]
+
+
+def test_key_of_a_training_holds_the_settings_of_the_loop_only() -> None:
+    params = load_params(ROOT / "params.yaml")
+    manifest = Manifest({}, {}, (8, 8, 1), ("a", "b"), {}, [], {}, "hash")
+
+    def key_of(changed: Params, precision: str = "fp32") -> str:
+        return stage.train_identity(train_settings(changed.train, changed.seed, manifest, precision), "hash").key
+
+    def changed(network: dict[str, Any] | None = None, **settings: Any) -> Params:
+        own = params.train.network.model_copy(update=network or {})
+        return params.model_copy(update={"train": params.train.model_copy(update={**settings, "network": own})})
+
+    key = key_of(params)
+    assert key_of(changed(precision="fp32")) == key_of(changed(precision="auto")) == key
+    chosen = {"learning_rate": 1.5e-3}
+    assert key_of(with_overrides(changed(learning_rate=2e-3), chosen, "best.yaml")) == key_of(changed(**chosen))
+    assert key_of(changed(steps=8, warmup_steps=8)) == key_of(changed(steps=8, warmup_steps=9))
+    other = {"name": "context_unet"}
+    assert key_of(changed({**other, "dropout": 0.1})) == key_of(changed(other)) != key
+    different = [key_of(params, "bf16"), key_of(changed(steps=8)), key_of(params.model_copy(update={"seed": 1}))]
+    assert len({key, *different}) == 4

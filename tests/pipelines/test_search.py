@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.identity import identify
+from pipelines.measurement.measure import measurement_rows
 from pipelines.params import RayRun, load_params, load_run_settings
 from pipelines.resources import TaskPlan
 from pipelines.search import driver
@@ -26,8 +29,10 @@ from pipelines.search.records import FAILED_FID, Choice, Trial, TrialResult
 from pipelines.search.summary import describe_verdict, search_metrics, trial_rows
 from pipelines.search.trial import trial_settings
 from pipelines.search.worker import TrialFolder, TrialWork, run_rung
-from pipelines.training.loop import TrainSettings
-from tests.conftest import Project, kill_everything, make_project
+from pipelines.training.loop import TrainSettings, new_state, train
+from pipelines.tune import _best as best_of
+from pipelines.tune import trial_identity_settings
+from tests.conftest import ROOT, Project, kill_everything, make_project
 
 SPACE = Space(("linear", "cosine", "sigmoid"), ("eps", "x0", "v"), ("snr", "min_snr"), (1e-3, 4e-3))
 FIRST = Choice("cosine", "v", "min_snr", 3e-3)
@@ -41,6 +46,14 @@ SETTINGS = TrainSettings(
     objective="v",
     weighting="min_snr",
     precision="fp32",
+    warmup_steps=0,
+    decay="cosine",
+    weight_decay=0.0,
+    grad_clip=1.0,
+    ema_decay=0.999,
+    condition_dropout=0.1,
+    horizontal_flip=False,
+    class_names=(),
 )
 
 
@@ -242,13 +255,16 @@ def fake_rung(config: Mapping[str, Any], work: TrialWork, slowest: int, refuse: 
     tune.report({"fid": 0.0})
 
 
-def fake_work(storage: Path) -> TrialWork:
+def fake_work(storage: Path, earlier: tuple[str, ...] = ()) -> TrialWork:
     storage.mkdir(exist_ok=True)
-    return TrialWork(SETTINGS, "", "", "", str(storage), "key", 16, 2, 1)
+    return TrialWork(
+        SETTINGS, data_dir="", reference_dir="", data_hash="", storage=str(storage), earlier=earlier, key="key",
+        num_samples=16, ddim_steps=2, threads=1,
+    )  # fmt: skip
 
 
 def plan_of(max_concurrent: int, max_retries: int = 0) -> TaskPlan:
-    return TaskPlan(max_concurrent, cpus=1.0, gpus=0.0, max_retries=max_retries, reason="")
+    return TaskPlan(max_concurrent, cpus=1.0, gpus=0.0, max_retries=max_retries, reason="", request="", remedy="")
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +279,7 @@ FAKE_SEARCH: dict[str, Any] = {"num_trials": 5, "rungs": (10, 20), "reduction_fa
 
 
 def fake_search(storage: Path, max_concurrent: int, **delays: Any) -> tuple[list[Trial], list[str]]:
-    """Run a search without training; returns its trials, and the names in the order in which the results arrived."""
+    """Run a search without training. Return its trials, and the names in the order in which the results arrived."""
     arrived: list[str] = []
     trials = run_search(
         Proposals(SPACE, FIRST, 1),
@@ -286,6 +302,7 @@ def one_at_a_time(ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return storage, fake_search(storage, 1, slowest=3)[0]
 
 
+@pytest.mark.slow
 def test_delays_and_concurrency_change_neither_trials_nor_winner(
     one_at_a_time: tuple[Path, list[Trial]], tmp_path: Path
 ) -> None:
@@ -295,6 +312,7 @@ def test_delays_and_concurrency_change_neither_trials_nor_winner(
     assert len(arrived) == len(calls_of(tmp_path / "state")) == 5 + 3
 
 
+@pytest.mark.slow
 def test_interrupted_search_does_not_run_finished_rungs_again(
     one_at_a_time: tuple[Path, list[Trial]],
     tmp_path: Path,
@@ -309,11 +327,77 @@ def test_interrupted_search_does_not_run_finished_rungs_again(
     trials, arrived = fake_search(storage, 2, slowest=2)
     assert trials == one_at_a_time[1] and len(arrived) == 5 + 3
     assert calls_of(storage)[8:] == [f"{unfinished.parent.name} 20"]
-    assert "resuming the search: 2 of 3 trials are judged at step 20 already" in caplog.text
+    assert "resuming the search: 2 of 3 trials already have a result at step 20" in caplog.text
     assert sorted(path.name for path in storage.iterdir()) == ["calls.txt", "trials"]
     monkeypatch.setattr(driver._Judge, "_run_tune", lambda *arguments: pytest.fail("Ray Tune was started"))
     again, arrived_again = fake_search(storage, 1, slowest=1)
     assert again == trials and sorted(arrived_again) == sorted(arrived)
+
+
+def answered(storage: Path, monkeypatch: pytest.MonkeyPatch, answers: Callable[[Choice], bool], **options: Any) -> Any:
+    """Run a search whose Ray Tune is replaced: it stores the results of some choices and returns an error."""
+
+    def run_tune(judge: Any, choices: Sequence[Choice], step: int, on_complete: Callable[[Choice], None]) -> Exception:
+        for choice in filter(answers, choices):
+            TrialFolder(judge.work.storage, choice).save_result(fake_result(choice, step))
+            on_complete(choice)
+        return RuntimeError("the error of a trial")
+
+    monkeypatch.setattr(driver._Judge, "_run_tune", run_tune)
+    return run_search(
+        Proposals(SPACE, FIRST, 1), fake_work(storage, **options), plan_of(1),
+        on_result=lambda choice, result: None, **FAKE_SEARCH,
+    )  # fmt: skip
+
+
+def test_error_of_a_trial_that_left_its_result_does_not_end_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = answered(tmp_path, monkeypatch, lambda choice: True)
+    assert len(trials) == 5 and {trial.result.step for trial in trials} == {10, 20}
+    with pytest.raises(ValueError, match=rf"{FIRST.name}.* failed at step 10 .*the error of a trial"):
+        answered(tmp_path / "other", monkeypatch, lambda choice: choice != FIRST)
+
+
+def test_results_in_an_earlier_storage_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "new").mkdir()
+    trials = answered(tmp_path / "old", monkeypatch, lambda choice: True)
+    assert answered(tmp_path / "new", monkeypatch, lambda choice: False, earlier=(str(tmp_path / "old"),)) == trials
+
+
+def test_trial_restores_the_newest_checkpoint_of_all_storages(tmp_path: Path) -> None:
+    from tests.pipelines.test_training_loop import CPU, Noise
+    from tests.pipelines.test_training_loop import SETTINGS as SMALL
+
+    saved = new_state(SMALL, CPU)
+    folders = [TrialFolder(f"{scheme}{tmp_path / name}", FIRST) for scheme, name in (("", "a"), ("file://", "b"))]
+    for step, folder in zip((4, 8), folders, strict=True):
+        folder.save_checkpoint(train(SMALL, Noise(), saved, until=step), "key")
+    for order in (folders, folders[::-1]):
+        for most, expected in ((10, 8), (8, 8), (7, 4), (3, 0)):
+            state = new_state(SMALL, CPU)
+            for folder in order:
+                folder.restore(state, "key", most)
+            assert state.step == expected
+
+
+def test_key_of_trials_holds_rows_per_call_and_device_but_not_the_choice() -> None:
+    tune_params = load_params(ROOT / "params.yaml").tune
+
+    def key_of(base: TrainSettings, device_type: str = "cpu") -> str:
+        return identify("tune", trial_identity_settings(base, tune_params, device_type), {}, []).key
+
+    key = key_of(SETTINGS)
+    assert key_of(trial_settings(SETTINGS, Choice("linear", "eps", "snr", 0.5))) == key
+    assert key_of(replace(SETTINGS, steps=41)) != key and key_of(SETTINGS, "cuda") != key
+    found = [trial_identity_settings(SETTINGS, tune_params, each) for each in ("cpu", "cuda")]
+    assert [each["tune.rows_per_call"] for each in found] == [measurement_rows("cpu"), measurement_rows("cuda")]
+
+
+def test_best_yaml_names_the_modules_of_a_forced_search() -> None:
+    verdict = winner([trial_of(0, result_of(1.0))])
+    assert "resumed_across_changes" not in best_of(verdict, ())
+    assert best_of(verdict, ("pipelines.search.trial",))["resumed_across_changes"] == ["pipelines.search.trial"]
 
 
 @pytest.mark.slow
@@ -377,7 +461,6 @@ def test_trial_resumed_at_a_rung_equals_an_uninterrupted_one(
     from pipelines.data.shards import open_split, read_manifest
     from pipelines.measurement.reference import load_reference
     from pipelines.search.trial import judge_rung
-    from pipelines.training.loop import new_state
     from pipelines.training.settings import train_settings
 
     monkeypatch.chdir(prepared.folder)

@@ -12,7 +12,13 @@ from torch import nn
 from diffusion_core.schedules import make_schedule
 from pipelines.data.shards import Manifest
 from pipelines.params import load_params, with_overrides
-from pipelines.training.checkpoint import check_checkpoint, load_checkpoint, origin_of, save_checkpoint
+from pipelines.training.checkpoint import (
+    CheckpointMismatchError,
+    check_checkpoint,
+    load_checkpoint,
+    origin_of,
+    save_checkpoint,
+)
 from pipelines.training.loop import (
     Hooks,
     TrainingDivergedError,
@@ -28,7 +34,7 @@ from pipelines.training.loop import (
     train,
 )
 from pipelines.training.model import ema_model
-from pipelines.training.settings import read_overrides, train_settings
+from pipelines.training.settings import Best, read_best, train_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = TrainSettings(
@@ -37,6 +43,10 @@ SETTINGS = TrainSettings(
     batch_size=8,
     learning_rate=1e-3,
     warmup_steps=4,
+    decay="cosine",
+    weight_decay=0.0,
+    grad_clip=1.0,
+    ema_decay=0.999,
     condition_dropout=0.5,
     horizontal_flip=True,
     precision="fp32",
@@ -271,6 +281,38 @@ def test_torn_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
         check_checkpoint(tmp_path, "key")
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"network": {**SETTINGS.network, "channels": 16}}, "differs"),
+        ({"network": {**SETTINGS.network, "multipliers": [1, 2, 2], "attention_sizes": []}}, "differs"),
+        ({"steps": 4}, "5 steps are more than 4"),
+    ],
+)
+def test_checkpoint_that_does_not_fit_is_refused_and_leaves_the_state_unchanged(
+    tmp_path: Path, changes: dict, reason: str
+) -> None:
+    save_checkpoint(train(SETTINGS, Noise(), new_state(SETTINGS, CPU), until=5), tmp_path, "key")
+    state = new_state(replace(SETTINGS, **changes), CPU)
+    before = weights(state)
+    with pytest.raises(CheckpointMismatchError, match=f"does not fit the network or the settings: .*{reason}"):
+        load_checkpoint(state, tmp_path, "key")
+    assert torch.equal(weights(state), before)
+    assert state.step == 0
+
+
+@pytest.mark.parametrize("name", ["unet", "context_unet"])
+def test_checkpoint_of_one_step_fits_each_network_of_the_params(tmp_path: Path, name: str) -> None:
+    params = load_params(ROOT / "params.yaml").train
+    small = params.network.model_copy(update={"name": name})
+    manifest = Manifest({}, {}, (8, 8, 1), ("a", "b", "c"), {}, [], {}, "hash")
+    settings = train_settings(params.model_copy(update={"network": small, "batch_size": 2}), 0, manifest, "fp32")
+    save_checkpoint(train(settings, Noise(), new_state(settings, CPU), until=1), tmp_path, "key")
+    resumed = new_state(settings, CPU)
+    load_checkpoint(resumed, tmp_path, "key")
+    assert resumed.step == 1
+
+
 def test_checkpoint_names_the_device_and_torch_of_its_process(tmp_path: Path) -> None:
     save_checkpoint(train(SETTINGS, Noise(), new_state(SETTINGS, CPU), until=1), tmp_path, "key")
     assert origin_of(tmp_path) == {"torch": torch.__version__, "device_type": "cpu"}
@@ -327,8 +369,10 @@ def test_choice_of_the_search_and_the_resolved_precision_reach_the_loop() -> Non
 def test_best_yaml_of_another_form_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "best.yaml"
     path.write_text("overrides: {objective: v}\ntrial: trial-1\ntie: []\n")
-    assert read_overrides(path) == {"objective": "v"}
+    assert read_best(path) == Best({"objective": "v"})
+    path.write_text("overrides: {objective: v}\nresumed_across_changes: [pipelines.training.loop]\n")
+    assert read_best(path) == Best({"objective": "v"}, ("pipelines.training.loop",))
     for text in ("- v\n", "trial: trial-1\n", "overrides: {batch_size: 3}\n", "overrides: v\n"):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"best\.yaml: must hold overrides of schedule"):
-            read_overrides(path)
+            read_best(path)

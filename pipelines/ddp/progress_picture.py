@@ -14,7 +14,7 @@ BLOCK_SIZE = 16
 """Images per network call: few, because training holds most of the memory."""
 
 
-def sample_picture(settings: TrainSettings, state: TrainState, rows: int = 4) -> bytes:
+def progress_picture(settings: TrainSettings, state: TrainState, rows: int = 4) -> bytes:
     """Return a PNG with samples of the EMA weights, one column per class."""
     model = ema_model(settings, state)
     labels = labels_by_column(len(settings.class_names), rows)

@@ -1,6 +1,6 @@
 """Compare the speed of the UNet with diffusers and denoising-diffusion-pytorch, on one machine, with the same weights.
 
-    uv run --group bench python benchmarks/core.py [--cases small cifar10] [--device cuda] [--compile] [--help]
+    .uv/bin/uv run --group bench python benchmarks/core.py [--cases small cifar10] [--device cuda] [--compile] [--help]
 
 A training step is forward, backward, AdamW and EMA; a sample is a whole DDIM run. Our network and diffusers' have the same
 weights, and their outputs are compared before they are timed. denoising-diffusion-pytorch runs its own nearest network (the table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from diffusion_core.networks import build_network
 from diffusion_core.networks.conditioning import ConditionSpec
 from diffusion_core.objectives import check_objective
 from diffusion_core.schedules import NoiseSchedule, make_schedule
-from diffusion_core.storage import atomic_folder, read_json, write_json
+from diffusion_core.storage import atomic_folder, file_sha256, read_json, write_json
 
 SCHEMA_VERSION = 2
 _KEYS: dict[str, type | tuple[type, ...]] = {
@@ -96,7 +95,7 @@ class DiffusionModel:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """The shape (C, H, W) of an image."""
         return self.image_channels, self.image_size, self.image_size
 
     def to(self, device: torch.device | str) -> DiffusionModel:
@@ -135,7 +134,7 @@ class DiffusionModel:
         with atomic_folder(Path(folder)) as temporary:
             weights = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
             save_file(weights, temporary / "model.safetensors")
-            digest = hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest()
+            digest = file_sha256(temporary / "model.safetensors")
             write_json(
                 temporary / "model.json",
                 {
@@ -221,7 +220,7 @@ def _current_description(description: Any, path: Path) -> dict[str, Any]:
 def _load_weights(network: nn.Module, path: Path, sha256: str) -> None:
     """Load the file into ``network`` after checking its hash, names, shapes, dtypes and values."""
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = file_sha256(path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     if digest != sha256:

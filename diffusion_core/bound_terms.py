@@ -13,7 +13,7 @@ from diffusion_core.schedules import NoiseSchedule
 
 
 def bound_term(schedule: NoiseSchedule, x0: Tensor, x0_hat: Tensor, fraction: Tensor, t: Tensor) -> Tensor:
-    """(B,) float64 bits/dim: the bound's term of each image at its own step t, over the full chain.
+    """Return each image's bound term at its step t, (B,) float64 bits/dim, over the full chain.
 
     x0, x0_hat: (B, ...) clean images and their estimates; fraction: (B, ...) as `Prediction.variance_fraction`; t: (B,) int64.
     """
@@ -34,7 +34,7 @@ def bound_term(schedule: NoiseSchedule, x0: Tensor, x0_hat: Tensor, fraction: Te
 
 
 def step_bits(x0: Tensor, x0_hat: Tensor, log_variance: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
-    """(B,) float64: KL(q(x_s | x_t, x0) || N(posterior mean of x0_hat, exp log_variance)).
+    """Return KL(q(x_s | x_t, x0) || N(posterior mean of x0_hat, exp log_variance)), (B,) float64.
 
     The two means differ by a multiple of x0 - x0_hat. ``alpha_bar`` is that of level t, ``alpha_bar_prev`` that of s.
     """
@@ -46,7 +46,7 @@ def step_bits(x0: Tensor, x0_hat: Tensor, log_variance: Tensor, alpha_bar: Tenso
 
 
 def decoder_bits(x0: Tensor, x0_hat: Tensor, log_variance: Tensor, decoder: str) -> Tensor:
-    """(B,) float64: -log2 p(x0 | x_t) per dimension, with the ``discretised`` decoder or as a ``density``."""
+    """Return -log2 p(x0 | x_t) per dimension, (B,) float64, with the ``discretised`` decoder or as a ``density``."""
     if decoder == "discretised":
         return mean_bits(-discretised_log_likelihood(x0, x0_hat.double(), log_variance))
     distance = (x0.double() - x0_hat.double()).square() * torch.exp(-log_variance)
@@ -54,7 +54,7 @@ def decoder_bits(x0: Tensor, x0_hat: Tensor, log_variance: Tensor, decoder: str)
 
 
 def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor | float, levels: int = 256) -> Tensor:
-    """Log-probability of the bin of x0's level under a Gaussian (DDPM, arXiv 2006.11239, eq. 13), float64.
+    """Return the log-probability of the bin of x0's level under a Gaussian (DDPM, arXiv 2006.11239, eq. 13), float64.
 
     x0, mean: (B, ...); x0 takes the ``levels`` evenly spaced values of [-1, 1]. Each bin is 2 / (levels - 1) wide, and the
     outer two reach to infinity. Uses the exact normal distribution function, so that the probabilities sum to 1.
@@ -71,5 +71,5 @@ def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_variance: Tensor | 
 
 
 def mean_bits(nats: Tensor) -> Tensor:
-    """(B,): the mean over each image's dimensions, converted from nats to bits."""
+    """Return the mean over each image's dimensions, (B,), converted from nats to bits."""
     return nats.flatten(1).mean(dim=1) / math.log(2.0)

@@ -14,6 +14,7 @@ from diffusion_core.networks.conditioning import ConditionSpec
 def encode_classes(labels: Sequence[int | str], class_names: Sequence[str]) -> Tensor:
     """Return (N,) int64 class indices for labels given as indices or class names.
 
+    A label that equals a class name is that class, also if it is an integer.
     Raises ValueError that names the first label outside the vocabulary.
     """
     return torch.tensor([_index_of(label, class_names) for label in labels], dtype=torch.int64)

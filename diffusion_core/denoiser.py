@@ -1,4 +1,4 @@
-"""Network + schedule + objective -> Prediction(x0, eps): the one place where samplers read a network's output."""
+"""The denoiser, which turns a network's output into estimates of x0 and eps. Samplers read a network only through it."""
 
 from __future__ import annotations
 

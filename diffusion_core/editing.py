@@ -1,6 +1,6 @@
-"""Changing images with a trained model: edit, image to image, interpolate, inpaint.
+"""Edits of images with a trained model: change of condition, image to image, interpolation, inpainting.
 
-``condition`` is what the denoiser's network takes; every function works for every kind. To guide, pass a guided denoiser.
+``condition``: as the denoiser's network takes it, of any kind. To guide, pass a guided denoiser.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def warmup_decay(step: int, decay: float) -> float:
 
 
 def half_life_decay(step: int, half_life: float, batch_size: int, ramp: float | None = 0.05) -> float:
-    """2^(-batch_size / half-life): weights ``half_life`` images ago count half (EDM, arXiv 2206.00364, appendix F.2).
+    """Return the decay 2^(-batch_size / half-life): weights ``half_life`` images ago count half (EDM, arXiv 2206.00364, appendix F.2).
 
     The average means the same for any batch size. Until step ``half_life / (ramp batch_size)`` the half-life is only the share
     ``ramp`` of the images seen so far, so that early averages forget the start; None turns this off.
@@ -33,7 +33,7 @@ def half_life_decay(step: int, half_life: float, batch_size: int, ramp: float | 
 
 
 def power_decay(step: int, sigma_rel: float) -> float:
-    """(1 - 1 / step)^(gamma + 1), the power-function average of relative width ``sigma_rel`` (arXiv 2312.02696, eq. 127).
+    """Return (1 - 1 / step)^(gamma + 1): the power-function average of width ``sigma_rel`` (arXiv 2312.02696, eq. 127).
 
     The weights of step s count as s^(gamma + 1) - (s - 1)^(gamma + 1) for any length of the run. step: from 1; the decay of step 1
     is 0, so that the average starts at the first weights. Raises ValueError if step is below 1 or the width is out of range.

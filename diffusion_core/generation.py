@@ -1,4 +1,4 @@
-"""From a model, conditions and a seed to uint8 images, with one address per sample."""
+"""Generation of uint8 images from a model, conditions and a seed, with one address per sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guidance pushes one network's output away from a weaker one's. A guided network is itself a network.
+"""Guidance, which pushes a network's output away from that of a weaker one. A guided network is itself a network.
 
 At a given x_t, eps, x0 and v are affine in each other, so guiding any of them gives the same result (rescaling does not).
 If the network learned its variance, only the first half of the channels is guided; the variance is the conditional one's.
@@ -23,7 +23,7 @@ Interval = tuple[int, int]
 
 @dataclass(frozen=True)
 class ClassifierFreeGuidance:
-    """output = unconditional + scale (conditional - unconditional), in one batched call (arXiv 2207.12598, eq. 6).
+    """Classifier-free guidance: unconditional + scale (conditional - unconditional), in one batched call (arXiv 2207.12598, eq. 6).
 
     Scale 1 runs the conditional network alone, scale 0 the unconditional one alone, above 1 extrapolates; the paper's weight
     is w = scale - 1. ``null_condition``: a batch of one null condition, as the network takes it, or one per image.
@@ -73,10 +73,10 @@ class ClassifierFreeGuidance:
 
 @dataclass(frozen=True)
 class Autoguidance:
-    """output = weak + scale (strong - weak): guidance by a weaker network with the same condition (arXiv 2406.02507, eq. 4).
+    """Guidance by a weaker network with the same condition: weak + scale (strong - weak) (arXiv 2406.02507, eq. 4).
 
     ``weak_network``: smaller or less trained, with the same objective and schedule. Scale 1 runs the strong network alone,
-    scale 0 the weak one. ``rescale`` and ``interval`` as in `ClassifierFreeGuidance`, and so are the errors of construction.
+    scale 0 the weak one. ``rescale``, ``interval`` and the errors of construction: as in `ClassifierFreeGuidance`.
     """
 
     network: Network

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Convert floats in [-1, 1] to uint8, rounded to the nearest level; clamp what lies outside."""
+    """Convert floats in [-1, 1] to uint8, rounded to the nearest level; values outside are clamped."""
     return ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
 

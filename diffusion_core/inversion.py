@@ -147,7 +147,7 @@ def optimise_null_condition(
     Null-text inversion (arXiv 2211.09794, algorithm 1). The trajectory is the pivot, an inversion with guidance scale 1.
     From its highest level down, the null of step t minimises |x*_s - step(x_t, t, null)|^2 with ``inner_steps`` of Adam,
     starting from the null of the step before; the next step starts at x_s = step(x_t, t, null). `sample_with_denoisers`
-    replays it, also with another condition to edit. A step ends early when the mean squared gap of each image is at most
+    replays it; another condition edits the image. A step ends early when the mean squared gap of each image is at most
     ``tolerance``.
 
     ``denoiser`` must be guided by `ClassifierFreeGuidance`. Every kind of condition works. A null of plain floats (a text

@@ -30,7 +30,7 @@ class VariationalBound:
 
     @property
     def total(self) -> Tensor:
-        """(B,): prior + all steps + decoder, an upper bound on the negative log-likelihood in bits/dim."""
+        """Upper bound on the negative log-likelihood, (B,) bits/dim: prior + steps + decoder."""
         return self.prior + self.steps.sum(dim=1) + self.decoder
 
 
@@ -54,7 +54,7 @@ def variational_bound(
     (arXiv 2102.09672, as in its authors' code). ``fixed_large`` uses beta there, unlike that code. x0: (B, ...) float32. A
     denoiser with ``self_conditioning`` gets no self-condition.
 
-    Raises ValueError if a name is unknown, ``learned`` is asked of a network that did not learn its variance, the images do
+    Raises ValueError if a name is unknown, ``variance`` is ``learned`` but the network did not learn it, the images do
     not lie in [-1, 1] (``discretised``), or the grid does not end at -1.
     """
     if variance not in VARIANCES or decoder not in ("discretised", "density"):

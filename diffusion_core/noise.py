@@ -57,12 +57,12 @@ class NoiseSource:
             raise ValueError(f"a seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")
 
     def uniform(self, shape: Sequence[int], indices: Tensor, step: int) -> Tensor:
-        """(B, *shape) float64 in (0, 1) for each sample index of ``indices`` ((B,) int64, in [0, 2^32)) at ``step``."""
+        """Draw uniform numbers in (0, 1), (B, *shape) float64, for the samples ``indices`` ((B,) int64, in [0, 2^32)) at ``step``."""
         words = torch.stack(self._words(math.prod(shape), indices, step), dim=-1).flatten(1)
         return _open_unit(words[:, : math.prod(shape)]).view(-1, *shape)
 
     def bernoulli(self, share: float, shape: Sequence[int], indices: Tensor, step: int) -> Tensor:
-        """(B, *shape) bool, True with probability ``share`` (rounded to 2^-32): samples ``indices`` at ``step``.
+        """Draw booleans, (B, *shape), True with probability ``share`` (rounded to 2^-32), for the samples ``indices`` at ``step``.
 
         Compares words with an integer, which is faster than `uniform`. Raises ValueError if ``share`` is not in [0, 1].
         """
@@ -73,7 +73,7 @@ class NoiseSource:
         return below.flatten(1)[:, : math.prod(shape)].reshape(-1, *shape)
 
     def normal(self, shape: Sequence[int], indices: Tensor, step: int) -> Tensor:
-        """(B, *shape) float32 standard normal, by Box and Muller in float64: samples ``indices`` at ``step``."""
+        """Draw standard normals, (B, *shape) float32, by Box and Muller in float64, for the samples ``indices`` at ``step``."""
         first, second, third, fourth = (_open_unit(word) for word in self._words(math.prod(shape), indices, step))
         radius_one, radius_two = torch.sqrt(-2.0 * torch.log(first)), torch.sqrt(-2.0 * torch.log(third))
         angle_one, angle_two = 2.0 * math.pi * second, 2.0 * math.pi * fourth

@@ -1,4 +1,4 @@
-"""What the network predicts (eps, x0 or v), and every conversion between them.
+"""Objectives of the network (eps, x0, v) and every conversion between them.
 
 With a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar), a noisy image is x_t = a x_0 + s eps, and the
 velocity (Salimans and Ho, arXiv 2202.00512, section 4) is v = a eps - s x_0.

@@ -15,7 +15,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned")
 
 
 class Posterior(NamedTuple):
-    """q(x_s | x_t, x_0) = N(x0 * x_0 + x_t * x_t, variance): two coefficients and the variance, all floats or all tensors."""
+    """The posterior q(x_s | x_t, x_0) = N(x0 * x_0 + x_t * x_t, variance): two coefficients and the variance, all floats or all tensors."""
 
     x0: Tensor | float
     x_t: Tensor | float

@@ -51,9 +51,9 @@ class LossHistory:
         return LossHistory(table, seen)
 
     def probabilities(self, floor: float = 1e-3) -> Tensor:
-        """(T,) float64: p_t proportional to sqrt(E[L_t^2]) (arXiv 2102.09672, eq. 18), with the share ``floor`` spread uniformly.
+        """Return the probability of each timestep, (T,) float64: p_t proportional to sqrt(E[L_t^2]) (arXiv 2102.09672, eq. 18).
 
-        Uniform until every timestep has K losses.
+        The share ``floor`` is spread uniformly. All are equal until every timestep has K losses.
         """
         num_steps, length = self.losses.shape
         uniform = torch.full((num_steps,), 1.0 / num_steps, dtype=torch.float64)
@@ -138,7 +138,7 @@ def sample_timesteps(
     log_normal: tuple[float, float] = (-1.2, 1.2),
     history: LossHistory | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """((B,) int64 timesteps in [0, T), (B,) float32 importance) of the images at ``positions`` of the global batch.
+    """Draw timesteps and importance of the images at ``positions`` of the global batch: (B,) int64 in [0, T), (B,) float32.
 
     ``uniform``     independent and uniform: floor(T u)
     ``stratified``  antithetic pairs (t, T - 1 - t) on a lattice with one random offset per batch (arXiv 2107.00630, appendix
@@ -189,7 +189,7 @@ def sample_timesteps(
 
 
 def dataset_indices(seed: int, size: int, positions: np.ndarray) -> np.ndarray:
-    """(N,) int64 indices in [0, size) of the images at ``positions`` ((N,) integers from 0) of an endless sequence of epochs.
+    """Return the dataset indices, (N,) int64 in [0, size), at ``positions`` ((N,) integers from 0) of an endless sequence of epochs.
 
     Each epoch of ``size`` positions is a permutation of its own, drawn from (seed, epoch).
     """

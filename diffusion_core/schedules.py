@@ -55,16 +55,17 @@ class NoiseSchedule:
 
     @property
     def has_zero_terminal_snr(self) -> bool:
+        """True if the last step is pure noise."""
         return self.alpha_bar(self.num_steps - 1) == 0.0
 
     def alpha_bar(self, t: int) -> float:
-        """alpha_bar_t as a Python float; t in [-1, T), and alpha_bar_{-1} is exactly 1."""
+        """Return alpha_bar_t as a Python float; t in [-1, T), and alpha_bar_{-1} is exactly 1."""
         if not is_whole(t) or not -1 <= t < self.num_steps:
             raise ValueError(f"step {t} is outside the schedule: allowed are -1 to {self.num_steps - 1}")
         return self._values[t + 1]  # type: ignore[attr-defined]
 
     def gather(self, t: Tensor) -> Tensor:
-        """alpha_bar at each step of ``t`` (any shape, int64, in [-1, T)), as float64 on t's device.
+        """Return alpha_bar at each step of ``t`` (any shape, int64, in [-1, T)), as float64 on t's device.
 
         Raises ValueError if the steps are not whole numbers or (on a CPU only) lie outside the schedule.
         """
@@ -79,21 +80,21 @@ class NoiseSchedule:
         return tables[t.device][t.long() + 1]
 
     def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t), float64; 0 at a zero terminal SNR."""
+        """Return the signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t), float64; 0 at a zero terminal SNR."""
         alpha_bar = self.gather(t)
         return alpha_bar / (1.0 - alpha_bar)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log SNR(t), float64; minus infinity at a zero terminal SNR."""
+        """Return log SNR(t), float64; minus infinity at a zero terminal SNR."""
         alpha_bar = self.gather(t)
         return torch.log(alpha_bar) - torch.log1p(-alpha_bar)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """sqrt((1 - alpha_bar_t) / alpha_bar_t), float64: the noise level of x_t / sqrt(alpha_bar_t) (arXiv 2206.00364)."""
+        """Return sqrt((1 - alpha_bar_t) / alpha_bar_t), float64: the noise level of x_t / sqrt(alpha_bar_t) (arXiv 2206.00364)."""
         return self.snr(t).rsqrt()
 
     def betas(self) -> Tensor:
-        """(T,) float64: beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}."""
+        """Return beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, (T,) float64."""
         padded = self._tables[torch.device("cpu")]  # type: ignore[attr-defined]
         return 1.0 - padded[1:] / padded[:-1]
 

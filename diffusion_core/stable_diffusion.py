@@ -52,7 +52,7 @@ class StableDiffusion:
 
     @property
     def objective(self) -> str:
-        """What the UNet predicts: eps, x0 or v."""
+        """Objective of the UNet: eps, x0 or v."""
         return OBJECTIVES[self.pipeline.scheduler.config.prediction_type]
 
     def network(self, x_t: Tensor, t: Tensor, condition: Any, self_condition: Tensor | None = None) -> Tensor:

@@ -1,1 +1,1 @@
-"""What moves data through the diffusion library: one module a DVC stage, the work in the folders beside them."""
+"""Data pipeline around the diffusion library: one module per DVC stage; the folders beside them do the work."""

@@ -126,8 +126,10 @@ def sample(arguments: argparse.Namespace) -> None:
     except ValueError:
         raise ValueError(f"--eta: given {arguments.eta!r}, allowed a number from 0 to 1, or sigma_hat") from None
     settings = SamplerSettings(steps=arguments.steps, eta=eta, guidance_scale=arguments.guidance_scale)
-    wanted = arguments.labels.split(",") if arguments.labels else list(range(len(class_names)))
-    chosen = encode_classes(wanted, class_names)
+    if arguments.labels:
+        chosen = encode_classes(arguments.labels.split(","), class_names)
+    else:  # not encoded: a class may be named by a number
+        chosen = torch.arange(len(class_names))
     labels = chosen[torch.arange(arguments.num) % len(chosen)]
     images = torch.empty((arguments.num, *model.image_shape), dtype=torch.uint8)
     block_size = rows_per_call(torch.device(device).type, min(arguments.num, arguments.batch_size))
@@ -151,38 +153,38 @@ def sample(arguments: argparse.Namespace) -> None:
     print(f"{arguments.num} images of {model.image_size}x{model.image_size}: {arguments.output}")
 
 
-def _load_model(where: str, device: str) -> DiffusionModel:
+def _load_model(source: str, device: str) -> DiffusionModel:
     """Load a DiffusionModel from a directory or from MLflow's registry."""
     from diffusion_core.artifact import DiffusionModel
 
-    if not where.startswith("models:/"):
-        return DiffusionModel.load(Path(where), device)
+    if not source.startswith("models:/"):
+        return DiffusionModel.load(Path(source), device)
     import mlflow
     from mlflow.exceptions import MlflowException
 
     from pipelines.params import load_run_settings
-    from pipelines.tracking import registry_uri, shown, tracking_uri
+    from pipelines.tracking import registry_uri, tracking_uri, without_credentials
 
     tracking = load_run_settings().tracking
     mlflow.set_tracking_uri(tracking_uri(tracking))
     mlflow.set_registry_uri(registry_uri(tracking))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            root = Path(mlflow.artifacts.download_artifacts(where, dst_path=folder))
+            root = Path(mlflow.artifacts.download_artifacts(source, dst_path=folder))
         except MlflowException as error:
             raise ValueError(
-                f"{where}: {' '.join(str(error).split())}; the registry is {shown(registry_uri(tracking))}"
+                f"{source}: {' '.join(str(error).split())}; the registry is {without_credentials(registry_uri(tracking))}"
             ) from None
         found = sorted(root.rglob("model.json"))
         if not found:
-            raise ValueError(f"{where} holds no diffusion model")
+            raise ValueError(f"{source} holds no diffusion model")
         return DiffusionModel.load(found[0].parent, device)
 
 
 def doctor(arguments: argparse.Namespace) -> None:
     """Show versions, devices, settings, Ray, MLflow and storage."""
     from pipelines.params import PARAMS_PATH, RunSettings, load_params, load_run_settings, run_settings_path
-    from pipelines.tracking import changed_store, registry_uri, shown, tracking_uri
+    from pipelines.tracking import changed_store, registry_uri, tracking_uri, without_credentials
 
     _show("system", f"{platform.platform()}, Python {platform.python_version()}")
     _show("uv", _uv_version())
@@ -203,17 +205,17 @@ def doctor(arguments: argparse.Namespace) -> None:
     if PARAMS_PATH.exists():
         _show("params.yaml", _validity(load_params))
     else:
-        _show("params.yaml", "none here: run this in the project's folder")
+        _show("params.yaml", "not found: run this in the project's folder")
     run, run_path = RunSettings(), run_settings_path()
     state = _validity(load_run_settings)
     if state == "valid":
         run = load_run_settings()
-        state = "valid" if run_path.exists() else "none here: every count is auto"
+        state = "valid" if run_path.exists() else "not found: every count is auto"
     _show(str(run_path), state)
     uri, registry = tracking_uri(run.tracking), registry_uri(run.tracking)
     _show("MLflow", _mlflow_state(uri))
     if registry != uri:
-        _show("MLflow registry", shown(registry))
+        _show("MLflow registry", without_credentials(registry))
     changed = changed_store(run.tracking)
     if changed:
         _show("MLflow history", changed)
@@ -255,24 +257,24 @@ def _validity(load: Callable[[], object]) -> str:
     try:
         load()
     except ValueError as error:
-        return f"wrong: {error}"
+        return f"invalid: {error}"
     return "valid"
 
 
 def _mlflow_state(uri: str) -> str:
-    from pipelines.tracking import shown
+    from pipelines.tracking import without_credentials
 
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///"))
-        return f"{shown(uri)} ({f'{path.stat().st_size / 2**20:.1f} MiB' if path.exists() else 'not created yet'})"
+        return f"{without_credentials(uri)} ({f'{path.stat().st_size / 2**20:.1f} MiB' if path.exists() else 'not created yet'})"
     import mlflow
 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     try:
         mlflow.MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:
-        return f"{shown(uri)} does not answer: {' '.join(str(error).split())[:120]}"
-    return f"{shown(uri)} answers"
+        return f"{without_credentials(uri)} does not answer: {' '.join(str(error).split())[:120]}"
+    return f"{without_credentials(uri)} answers"
 
 
 def _ray_state(ray_run: RayRun) -> str:

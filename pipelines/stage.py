@@ -23,8 +23,9 @@ from pipelines.params import (
     load_params,
     load_run_settings,
     read_yaml,
+    record_reads,
+    recorded_reads,
 )
-from pipelines.params.sections import record_reads, recorded_reads
 
 DATA = Path("artifacts/data")
 REFERENCE = Path("artifacts/reference")

@@ -1,7 +1,7 @@
-"""Write to MLflow. Only this module and the registry know MLflow.
+"""MLflow runs. Only this module, the registry and the command line import MLflow.
 
 A stage has one run per key and settings, and continues it after a restart. The driver is the only writer of a run; workers send
-what is to be logged to the driver.
+their rows to the driver.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def connect(tracking: TrackingRun) -> Any:
     for store in (uri, registry):
         if not _is_databricks(store) and ("://" not in store or store.startswith("file:")):
             raise ValueError(
-                f"MLflow store {shown(store)}: the file store is not supported; use sqlite:///mlflow.db, databricks or "
+                f"MLflow store {without_credentials(store)}: the file store is not supported; use sqlite:///mlflow.db, databricks or "
                 "a server's http address"
             )
     if _is_databricks(uri) and not tracking.experiment.startswith("/"):
@@ -83,7 +83,7 @@ def connect(tracking: TrackingRun) -> Any:
             raise MlflowException(f"the experiment {tracking.experiment} is deleted or cannot be created")
     except Exception as error:
         raise ValueError(
-            f"MLflow store {shown(uri)} cannot be used: {_first_line(error)}; check tracking.uri or MLFLOW_TRACKING_URI"
+            f"MLflow store {without_credentials(uri)} cannot be used: {_first_line(error)}; check tracking.uri or MLFLOW_TRACKING_URI"
         ) from None
     return client
 
@@ -188,7 +188,7 @@ def stage_run(
     except BaseException:
         _end_with_children(run, "FAILED")
         raise
-    _end_children(run, "KILLED")  # a kill cut it off, and this process did not continue it
+    _end_children(run, "KILLED")  # children that a kill interrupted and this process did not resume
     run.finish()
 
 
@@ -224,7 +224,7 @@ def report_changed_store(tracking: TrackingRun) -> None:
         write_json(LAST_STORES, _stores(tracking))
 
 
-def shown(uri: str) -> str:
+def without_credentials(uri: str) -> str:
     """Return a store's address without credentials, and relative to the project if it is a file in it."""
     parts = urlsplit(uri)
     if parts.scheme.startswith("sqlite"):
@@ -235,7 +235,10 @@ def shown(uri: str) -> str:
 
 
 def _stores(tracking: TrackingRun) -> dict[str, str]:
-    return {"tracking": shown(tracking_uri(tracking)), "registry": shown(registry_uri(tracking))}
+    return {
+        "tracking": without_credentials(tracking_uri(tracking)),
+        "registry": without_credentials(registry_uri(tracking)),
+    }
 
 
 def _is_databricks(uri: str) -> bool:
@@ -252,7 +255,7 @@ def _open(
 ) -> Run:
     """Create or continue the run of this key. A run with other params is not continued, because MLflow cannot change a param.
 
-    ``current`` are the tags that a continued run takes over; the others keep the values of its start.
+    ``current``: tags updated on a resumed run; other tags keep their first values.
     """
     from mlflow.entities import Param
 
@@ -303,7 +306,7 @@ def _end_children(run: Run, status: str) -> None:
 def _git_tags() -> dict[str, str]:
     """Return the commit; ``git_commit`` ends in -dirty if a tracked file differs from it.
 
-    What the pipeline writes itself (metrics, plots, dvc.lock) does not count, else every run of `dvc repro` would be dirty.
+    Files that the pipeline writes (metrics, plots, dvc.lock) do not count, because each `dvc repro` changes them.
     """
 
     def git(*arguments: str) -> str:
@@ -317,7 +320,7 @@ def _git_tags() -> dict[str, str]:
 
 
 def _retry(call: Callable[[], T], attempts: int = 5) -> T:
-    """Call again if a store is locked or restarting."""
+    """Call, and retry while a store is locked or restarting."""
     from mlflow.exceptions import MlflowException, RestException
 
     for attempt in range(attempts):

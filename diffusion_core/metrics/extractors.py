@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion_core.networks.blocks import group_norm
-from diffusion_core.storage import read_json, write_json
+from diffusion_core.storage import file_sha256, read_json, write_json
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_SHA256_PREFIX = "6726825d"
@@ -171,7 +171,7 @@ def save_extractor(folder: Path, name: str, weights: Mapping[str, Tensor], confi
     """Write extractor.safetensors and extractor.json into ``folder``. Returns the SHA-256 of the weights file."""
     path = folder / "extractor.safetensors"
     save_file({key: value.contiguous() for key, value in weights.items()}, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_sha256(path)
     write_json(folder / "extractor.json", {"name": name, "digest": digest, "config": dict(config)})
     return digest
 
@@ -181,7 +181,7 @@ def load_extractor(folder: Path) -> FeatureExtractor:
     description = read_json(folder / "extractor.json")
     path = folder / "extractor.safetensors"
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = file_sha256(path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     if digest != description.get("digest"):

@@ -8,7 +8,7 @@ from diffusion_core.metrics.statistics import GaussianStatistics
 
 
 def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al., arXiv 1706.08500, eq. 6), in float64.
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al., arXiv 1706.08500, eq. 6), in float64.
 
     The trace of the root is the sum of the singular values of A1^T A2, with C = A A^T by a symmetric eigen-decomposition. It
     stays real and accurate if a covariance lacks full rank (`GaussianStatistics.rank_deficient`: no more samples than

@@ -52,7 +52,7 @@ class GaussianStatistics:
 
     @property
     def rank_deficient(self) -> bool:
-        """Whether the covariance lacks full rank because there are no more samples than features."""
+        """True if the number of samples is at most the number of features, so the covariance lacks full rank."""
         return self.n <= len(self.mean)
 
     @property

@@ -1,4 +1,8 @@
-"""Networks: ``network(x_t, t, condition, self_condition=None) -> tensor``."""
+"""Networks: ``network(x_t, t, condition, self_condition=None) -> tensor``.
+
+Everything that a network is told about an image besides x_t and t, such as augmentation labels, is part of its condition;
+there is no further argument.
+"""
 
 from __future__ import annotations
 

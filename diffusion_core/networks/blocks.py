@@ -19,7 +19,7 @@ def group_norm(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNo
 
 
 def silu_of(fresh: Tensor) -> Tensor:
-    """SiLU of a tensor that nothing else uses: in place if no gradient is recorded."""
+    """Return the SiLU of a tensor that nothing else uses, in place if no gradient is recorded."""
     return F.silu(fresh, inplace=not torch.is_grad_enabled())
 
 
@@ -164,20 +164,20 @@ def _num_heads(channels: int, head_dim: int | None) -> int:
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, H W, C), without a copy if the map is channels-last."""
+    """Reshape (B, C, H, W) to (B, H W, C), without a copy if the map is channels-last."""
     return x.flatten(2).transpose(1, 2)
 
 
 def _feature_map(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, H W, C) to the shape of ``like``."""
+    """Reshape (B, H W, C) to the shape of ``like``."""
     return tokens.transpose(1, 2).reshape(like.shape)
 
 
 def _heads(tokens: Tensor, num_heads: int) -> Tensor:
-    """(B, N, C) to (B, heads, N, C / heads)."""
+    """Split (B, N, C) into (B, heads, N, C / heads)."""
     return tokens.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
 def _joined(heads: Tensor) -> Tensor:
-    """(B, heads, N, d) to (B, N, heads d)."""
+    """Join (B, heads, N, d) to (B, N, heads d)."""
     return heads.transpose(1, 2).flatten(2)

@@ -150,7 +150,7 @@ class ConditionSpec:
 
 
 class ConditionEmbedding(nn.Module):
-    """(B, dim) embedding of a condition of any kind except tokens, with a learned vector for its null.
+    """Embedding of a condition of any kind except tokens, (B, dim), with a learned vector for its null.
 
     The embeddings of several classes are summed. The null of a multi-hot or real vector starts at ``null_init``.
     Raises ValueError if the kind is "none" or "tokens".

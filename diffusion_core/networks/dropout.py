@@ -1,4 +1,4 @@
-"""Dropout whose mask is addressed by (seed, step, position in the global batch), so that it depends on no rank or batch split."""
+"""Dropout whose mask is addressed by (seed, step, position in the global batch), so that it does not depend on rank or batch split."""
 
 from __future__ import annotations
 

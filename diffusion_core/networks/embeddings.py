@@ -11,7 +11,7 @@ from torch import Tensor
 def sinusoidal_embedding(
     t: Tensor, dim: int, max_period: float = 10_000.0, *, cos_first: bool = False, frequency_shift: float = 0.0
 ) -> Tensor:
-    """(B,) steps to (B, dim) float32: sines then cosines of t at dim / 2 geometric frequencies (arXiv 1706.03762, section 3.5).
+    """Embed (B,) steps as (B, dim) float32: sines then cosines of t at dim / 2 geometric frequencies (arXiv 1706.03762, section 3.5).
 
     The frequencies are max_period^(-i / (dim / 2 - frequency_shift)), i = 0 .. dim / 2 - 1. DDPM's own code uses a shift of 1
     (the last frequency is 1 / max_period), ADM's a shift of 0 with the cosines first. Raises ValueError if ``dim`` is odd.

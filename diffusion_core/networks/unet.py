@@ -138,7 +138,7 @@ class UNet(nn.Module):
             )
 
         def stage(block: nn.Module, width: int, attend: bool, norm: bool = True) -> nn.ModuleList:
-            """[block, self-attention or identity], followed by cross-attention if the condition is of tokens."""
+            """Return [block, self-attention or identity], followed by cross-attention if the condition is of tokens."""
             if not attend:
                 return nn.ModuleList([block, nn.Identity()])
             parts = [block, SelfAttention(width, head_dim=head_dim, groups=groups, eps=norm_eps, norm=norm)]

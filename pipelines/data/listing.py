@@ -1,14 +1,13 @@
 """The image files of a folder, and what changed among them since the prepare stage read them.
 
 The prepare stage writes ``listing.csv`` beside the shards: path relative to the folder, size and SHA-256 of each image
-file. Where the folder lies and when its files were modified differ between machines, so a record outside the data set
-holds that.
+file. The folder's place and the files' modification times differ between machines, so they are recorded outside the
+data set.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffusion_core.storage import read_json, write_json
+from diffusion_core.storage import file_sha256, read_json, write_json
 from pipelines.tables import read_csv, write_csv
 
 LISTING = "listing.csv"
@@ -68,8 +67,8 @@ def write_listing(data_dir: Path, files: Iterable[tuple[ImageFile, str]]) -> Non
 def record_listing(data_dir: Path, records: Path, root: str, files: Sequence[ImageFile]) -> None:
     """Record in the folder ``records`` which image folder the listing describes, and when its files were modified.
 
-    ``files`` are those of ``write_listing``, in the same order. Each listing has its own record: one that DVC
-    brings back finds its folder again.
+    ``files`` are those of ``write_listing``, in the same order. Each listing has its own record, so a listing
+    that DVC restores finds its folder.
     """
     modified = [file.modified_ns for file in files]
     write_json(_record_path(data_dir, records), {"root": root, "modified_ns": modified})
@@ -103,7 +102,7 @@ def listing_changes(data_dir: Path, records: Path) -> str | None:
             if (file := found.get(row["path"])) is not None
             and (
                 str(file.size) != row["bytes"]
-                or (file.modified_ns != modified[file.path] and _digest(root / file.path) != row["sha256"])
+                or (file.modified_ns != modified[file.path] and file_sha256(root / file.path) != row["sha256"])
             )
         ]
     except OSError as error:
@@ -137,9 +136,5 @@ def _suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _record_path(data_dir: Path, records: Path) -> Path:
-    return records / f"{_digest(data_dir / LISTING)[:16]}.json"
+    return records / f"{file_sha256(data_dir / LISTING)[:16]}.json"

@@ -1,4 +1,7 @@
-"""The prepared data set: uint8 image shards, conditions and a manifest; read by memory mapping."""
+"""The prepared data set: uint8 image shards, conditions and a manifest; read by memory mapping.
+
+The shards' `conditions` are class labels today: (n,) int64.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_core.storage import atomic_path, read_json, write_json
+from diffusion_core.storage import atomic_path, file_sha256, read_json, write_json
 
 MANIFEST_VERSION = 1
 SPLITS = ("train", "test")
@@ -45,7 +48,7 @@ def write_shards(
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, np.ascontiguousarray(array), allow_pickle=False)
             entry[kind] = path.name
-            entry[f"{kind}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            entry[f"{kind}_sha256"] = file_sha256(path)
         described.append(entry)
     return described
 

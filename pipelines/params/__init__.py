@@ -3,7 +3,6 @@
 from pipelines.params.run_settings import (
     EvaluateRun,
     RayRun,
-    ReferenceRun,
     RunSettings,
     TrackingRun,
     TrainRun,
@@ -14,12 +13,7 @@ from pipelines.params.run_settings import (
 )
 from pipelines.params.schema import (
     PARAMS_PATH,
-    Diffusion,
-    Evaluate,
-    Network,
     Params,
-    Prepare,
-    Reference,
     Register,
     Report,
     SearchSpace,
@@ -30,19 +24,13 @@ from pipelines.params.schema import (
     parse_params,
     with_overrides,
 )
-from pipelines.params.sections import Section, flatten, read_yaml
+from pipelines.params.sections import Section, flatten, read_yaml, record_reads, recorded_reads
 
 __all__ = [
     "PARAMS_PATH",
-    "Diffusion",
-    "Evaluate",
     "EvaluateRun",
-    "Network",
     "Params",
-    "Prepare",
     "RayRun",
-    "Reference",
-    "ReferenceRun",
     "Register",
     "Report",
     "RunSettings",
@@ -60,6 +48,8 @@ __all__ = [
     "parse_params",
     "parse_run_settings",
     "read_yaml",
+    "record_reads",
+    "recorded_reads",
     "run_settings_path",
     "with_overrides",
 ]

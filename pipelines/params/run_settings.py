@@ -28,7 +28,7 @@ Gpus = Annotated[NonNegative | Auto, Field(description="a number of at least 0, 
 
 
 class RayRun(Section):
-    """Which Ray: an address, or a local one on this machine's cores; and the storage that its nodes share."""
+    """The Ray cluster to join or start, and the storage its nodes share."""
 
     address: str | None = None
     num_cpus: Count = "auto"
@@ -36,20 +36,20 @@ class RayRun(Section):
 
 
 class TrackingRun(Section):
-    """Where MLflow writes."""
+    """MLflow store and experiment."""
 
     uri: str | None = None
     experiment: Annotated[str, Field(min_length=1)] = "rediffuse"
 
 
 class ReferenceRun(Section):
-    """How the reference stage runs: in this process."""
+    """Run settings of the reference stage."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class TuneRun(Section):
-    """How the search runs."""
+    """Run settings of the search."""
 
     max_concurrent: Count = "auto"
     cpus_per_trial: Cpus = "auto"
@@ -58,7 +58,7 @@ class TuneRun(Section):
 
 
 class TrainRun(Section):
-    """How training runs: DDP processes, restarts, and how often it logs, saves and draws."""
+    """Run settings of training."""
 
     num_workers: Count = "auto"
     cpus_per_worker: Cpus = "auto"
@@ -70,7 +70,7 @@ class TrainRun(Section):
 
 
 class EvaluateRun(Section):
-    """How the sweep runs."""
+    """Run settings of the sweep."""
 
     max_concurrent: Count = "auto"
     cpus_per_task: Cpus = "auto"
@@ -79,7 +79,7 @@ class EvaluateRun(Section):
 
 
 class RunSettings(Section):
-    """The whole of run.yaml. A section or key that is left out is ``auto``.
+    """All of run.yaml. A missing section or key is ``auto``.
 
     ``resume``: ``auto`` continues state of the same settings, inputs and code; ``force`` also continues state whose code has
     changed since, and the model's provenance says so.
@@ -94,29 +94,28 @@ class RunSettings(Section):
     evaluate: EvaluateRun = EvaluateRun()
 
 
-MOVED_HERE = {
-    "ray": "ray",
-    "tracking": "tracking",
-    **{f"tune.{key}": f"tune.{key}" for key in ("max_concurrent", "cpus_per_trial", "gpus_per_trial")},
-    **{
-        f"train.{key}": f"train.{key}"
-        for key in (
-            "num_workers",
-            "cpus_per_worker",
-            "gpus_per_worker",
-            "log_every",
-            "checkpoint_every",
-            "sample_every",
-            "max_failures",
-        )
-    },
-    **{f"evaluate.{key}": f"evaluate.{key}" for key in ("cpus_per_task", "gpus_per_task", "max_retries")},
-}
-"""Keys of older params.yaml files, and where they are in run.yaml now."""
+MOVED_HERE = (
+    "ray",
+    "tracking",
+    "tune.max_concurrent",
+    "tune.cpus_per_trial",
+    "tune.gpus_per_trial",
+    "train.num_workers",
+    "train.cpus_per_worker",
+    "train.gpus_per_worker",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.sample_every",
+    "train.max_failures",
+    "evaluate.cpus_per_task",
+    "evaluate.gpus_per_task",
+    "evaluate.max_retries",
+)
+"""Keys of older params.yaml files that have moved to the same place in run.yaml."""
 
 
 def run_settings_path() -> Path:
-    """The file that REDIFFUSE_RUN names, or run.yaml in the project."""
+    """Return the file that REDIFFUSE_RUN names, or run.yaml in the project."""
     return Path(os.environ.get(RUN_VARIABLE) or RUN_PATH)
 
 

@@ -263,7 +263,7 @@ class Report(Section):
 
 
 class Params(Section):
-    """The whole of params.yaml: the seed, and one section per stage."""
+    """All of params.yaml: the seed, and one section per stage."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     prepare: Prepare
@@ -334,7 +334,7 @@ class Params(Section):
         return self
 
     def _check_first_trial(self) -> None:
-        """The search's first trial is train's own settings, so they must lie in its space."""
+        """Check that train's own settings, the search's first trial, lie in the search space."""
         if not self.tune.enabled:
             return
         space, diffusion = self.tune.space, self.train.diffusion
@@ -355,10 +355,7 @@ class Params(Section):
 
 
 MOVED = {
-    **{
-        old: f"has moved to run.yaml, which decides where and how things run: set {new} there"
-        for old, new in MOVED_HERE.items()
-    },
+    **{key: f"has moved to run.yaml, which decides where and how things run: set {key} there" for key in MOVED_HERE},
     "report.trajectory_images": "has moved: set evaluate.trajectory_images",
     "evaluate.grid_rows": "has a new name: set evaluate.picture_rows",
 }
@@ -376,7 +373,7 @@ def parse_params(tree: Any, origin: str = "params.yaml") -> Params:
 
 
 def with_overrides(params: Params, overrides: Mapping[str, Any], origin: str) -> Params:
-    """The params with the search's choice of schedule, objective, weighting and learning_rate in the train section.
+    """Return the params with the search's choice of schedule, objective, weighting and learning_rate in the train section.
 
     Raises ValueError that names ``origin`` and the key if a value is not allowed.
     """
@@ -388,7 +385,7 @@ def with_overrides(params: Params, overrides: Mapping[str, Any], origin: str) ->
 
 
 def declared_params(params: Params, keys: Sequence[str]) -> Params:
-    """The same params with nothing but ``keys`` (dotted, whole sections or single values).
+    """Return the params restricted to ``keys`` (dotted; sections or single values).
 
     A stage gets the params that dvc.yaml declares for it; reading another one raises AttributeError.
     """

@@ -56,7 +56,7 @@ def record_reads() -> None:
 
 
 def recorded_reads() -> set[tuple[str, str]]:
-    """The (class name, field name) pairs that were read since `record_reads`; a dump reads all fields of its section."""
+    """Return the (class name, field name) pairs that were read since `record_reads`; a dump reads all fields of its section."""
     return set(_reads or ())
 
 
@@ -80,7 +80,7 @@ def parse_section(schema: type[Settings], tree: Any, origin: str, moved: Mapping
     names ``origin`` and up to three of the wrong keys.
     """
     if not isinstance(tree, dict):
-        raise ValueError(f"{origin}: must hold sections ({', '.join(field_names(schema))}), not {shown(tree)}")
+        raise ValueError(f"{origin}: must hold sections ({', '.join(field_names(schema))}), not {abbreviated(tree)}")
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
@@ -90,7 +90,7 @@ def parse_section(schema: type[Settings], tree: Any, origin: str, moved: Mapping
 
 
 def read_yaml(path: Path) -> Any:
-    """Plain values from a YAML 1.2 file (1e-3 is a number). Raises ValueError that names the file and the line."""
+    """Return plain values from a YAML 1.2 file (1e-3 is a number). Raises ValueError that names the file and the line."""
     try:
         with open(path, encoding="utf-8") as file:
             return YAML(typ="safe", pure=True).load(file)
@@ -106,7 +106,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def flatten(prefix: str, section: Section | Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted key, nested sections opened: ``flatten("train", train)["train.network.name"]``."""
+    """Return the values by dotted key, nested sections opened: ``flatten("train", train)["train.network.name"]``."""
     tree = section.model_dump(by_alias=True) if isinstance(section, Section) else section
     values: dict[str, Any] = {}
     for name, value in tree.items():
@@ -119,12 +119,12 @@ def flatten(prefix: str, section: Section | Mapping[str, Any]) -> dict[str, Any]
 
 
 def field_names(schema: type[BaseModel]) -> list[str]:
-    """The keys of a section as the file spells them."""
+    """Return the keys of a section as the file spells them."""
     return [field.alias or name for name, field in schema.model_fields.items()]
 
 
-def shown(value: Any) -> str:
-    """A value as an error shows it, at most 60 characters."""
+def abbreviated(value: Any) -> str:
+    """Return the value as an error shows it, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -142,7 +142,7 @@ def _explain(schema: type[BaseModel], error: Any, moved: Mapping[str, str]) -> s
         names = field_names(_section_at(schema, location[:-1]))
         close = difflib.get_close_matches(str(location[-1]), names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{key}: unknown key, given {shown(error['input'])}, allowed {', '.join(names)}{hint}"
+        return f"{key}: unknown key, given {abbreviated(error['input'])}, allowed {', '.join(names)}{hint}"
     phrases = {
         "greater_than_equal": "at least {ge}",
         "greater_than": "above {gt}",
@@ -169,7 +169,7 @@ def _explain(schema: type[BaseModel], error: Any, moved: Mapping[str, str]) -> s
     field = _field_at(schema, location)
     if field is not None and field.description and kind not in ("too_short", "too_long", "list_type"):  # a union
         allowed = field.description
-    return f"{key}: given {shown(error['input'])}, allowed {allowed}"
+    return f"{key}: given {abbreviated(error['input'])}, allowed {allowed}"
 
 
 def _is_union_branch(part: Any) -> bool:
@@ -186,7 +186,7 @@ def _dotted(location: tuple[Any, ...]) -> str:
 
 
 def _section_at(schema: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
-    """The innermost section on the way to ``location``."""
+    """Return the innermost section on the way to ``location``."""
     model = schema
     for part in location:
         for name, field in model.model_fields.items():
@@ -198,7 +198,7 @@ def _section_at(schema: type[BaseModel], location: tuple[Any, ...]) -> type[Base
 
 
 def _field_at(schema: type[BaseModel], location: tuple[Any, ...]) -> Any:
-    """The innermost field on the way to ``location``, or None."""
+    """Return the innermost field on the way to ``location``, or None."""
     names = [part for part in location if isinstance(part, str)]
     if not names:
         return None

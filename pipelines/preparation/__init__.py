@@ -1,1 +1,1 @@
-"""The prepare stage's own parts: sources of images, splits, decoding, and the data set that they make."""
+"""Parts of the prepare stage: sources of images, splits, decoding, and the writing of the data set."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffusion_core.storage import file_sha256
 from pipelines.data.listing import ImageFile, folder_layout, image_files
 
 
@@ -38,7 +39,7 @@ class Items:
     digest: Callable[[int], bytes]
     name: Callable[[int], str]
     arrays: np.ndarray | None = None
-    """(N, H, W) or (N, H, W, C) uint8, if all images are in memory already."""
+    """All images, (N, H, W) or (N, H, W, C) uint8, if they are in memory already."""
     files: Sequence[ImageFile] = ()
     """The file of each image, if they come from a folder."""
     root: str = ""
@@ -164,7 +165,7 @@ def _folder_items(part: Path, names: Sequence[str], root: Path) -> Items:
     return Items(
         labels=np.asarray(labels, dtype=np.int64),
         load=lambda i: _open(root / files[i].path),
-        digest=functools.cache(lambda i: hashlib.sha256((root / files[i].path).read_bytes()).digest()),
+        digest=functools.cache(lambda i: bytes.fromhex(file_sha256(root / files[i].path))),
         name=lambda i: files[i].path,
         files=files,
         root=str(root),

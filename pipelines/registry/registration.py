@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import diffusion_core
 from pipelines.identity import closure_digest
-from pipelines.tracking import Run, shown
+from pipelines.tracking import Run, without_credentials
 
 T = TypeVar("T")
 ALIAS = "champion"
@@ -132,6 +132,6 @@ def _ask(question: Callable[[], T]) -> T:
         return question()
     except MlflowException as error:
         raise ValueError(
-            f"the model registry {shown(mlflow.get_registry_uri())} does not answer ({' '.join(str(error).split())[:200]}): "
+            f"the model registry {without_credentials(mlflow.get_registry_uri())} does not answer ({' '.join(str(error).split())[:200]}): "
             "run the stage again when it does"
         ) from None

@@ -65,7 +65,7 @@ class Mixture:
     variance: float
 
     def responsibilities(self, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-        """(B, K): the probability of each component given x_t."""
+        """Return the probability of each component given x_t, (B, K)."""
         total = alpha_bar * self.variance + 1.0 - alpha_bar
         distance = (x_t[:, None] - alpha_bar.sqrt()[:, None] * self.means).square().sum(-1)
         return torch.softmax(self.weights.log() - distance / (2.0 * total), dim=1)

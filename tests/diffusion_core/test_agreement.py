@@ -1,7 +1,7 @@
 """Agreement with independent implementations, diffusers' schedulers and denoising-diffusion-pytorch, to 1e-5.
 
 Every case returns (ours, theirs) on the same inputs; samplers return the image after every step. To print the table:
-``uv run --group bench python -m tests.diffusion_core.test_agreement``
+``.uv/bin/uv run --group bench python -m tests.diffusion_core.test_agreement``
 """
 
 from __future__ import annotations
@@ -538,7 +538,7 @@ def table() -> str:
         [
             "# Agreement with independent implementations",
             "",
-            f"With {versions}. Made by `uv run --group bench python -m tests.diffusion_core.test_agreement`; the same cases are",
+            f"With {versions}. Made by `.uv/bin/uv run --group bench python -m tests.diffusion_core.test_agreement`; the same cases are",
             "tests, with a bound of 1e-5.",
             "",
             "The difference is the largest |ours - theirs| / (1 + the largest |theirs| of the same step) over all steps, with the same",

@@ -129,6 +129,16 @@ def test_model_without_class_names_is_sampled_by_index(model_dir: Path, tmp_path
     ]  # fmt: skip
 
 
+def test_every_class_is_sampled_if_classes_are_named_by_numbers(model_dir: Path, tmp_path: Path) -> None:
+    model = DiffusionModel.load(model_dir)
+    names = ("1", "2", "3", "4")
+    DiffusionModel(model.network, model.network_config, model.schedule, "v", 8, 1, names, 0.1).save(tmp_path / "model")
+    sample(tmp_path / "model", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir())[:5] == [
+        "00-1.png", "01-2.png", "02-3.png", "03-4.png", "04-1.png",
+    ]  # fmt: skip
+
+
 def test_doctor_names_versions_devices_settings_and_stores(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor"])
     text = capsys.readouterr().out
@@ -136,8 +146,8 @@ def test_doctor_names_versions_devices_settings_and_stores(here: Path, capsys: p
         assert word in text
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert lines["MLflow"] == "sqlite:///mlflow.db (not created yet)"
-    assert lines["params.yaml"] == "none here: run this in the project's folder"
-    assert lines["run.yaml"] == "none here: every count is auto"
+    assert lines["params.yaml"] == "not found: run this in the project's folder"
+    assert lines["run.yaml"] == "not found: every count is auto"
     assert "stages start a local Ray" in lines["Ray"]
     assert list(here.iterdir()) == [], "doctor changes nothing"
 

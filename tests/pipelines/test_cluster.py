@@ -57,7 +57,7 @@ def test_explicit_precision_is_kept_and_auto_is_what_this_machine_multiplies(mon
     assert resolve_precision("fp32", "cuda") == "fp32"
     assert resolve_precision("auto", "cpu") == best_precision(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="torch .* cannot use them"):
+    with pytest.raises(ValueError, match=r"torch .* cannot use them"):
         resolve_precision("auto", "cuda")
 
 

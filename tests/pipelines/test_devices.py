@@ -18,7 +18,7 @@ def test_process_takes_its_share_of_the_cores() -> None:
 @pytest.mark.parametrize("cuda", [True, False])
 def test_process_without_an_assigned_gpu_computes_on_the_cpu(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
     """Ray does not hide the GPUs of a node from a task that asked for none."""
-    monkeypatch.setattr("ray.get_gpu_ids", lambda: [])
+    monkeypatch.setattr("ray.get_gpu_ids", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert assigned_device() == torch.device("cpu")
 

@@ -40,8 +40,8 @@ def touch(path: Path) -> None:
 
 def test_unchanged_folder_is_silent_and_no_image_is_read(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    digest = listing._digest
-    monkeypatch.setattr(listing, "_digest", lambda path: read.append(path.name) or digest(path))
+    digest = listing.file_sha256
+    monkeypatch.setattr(listing, "file_sha256", lambda path: read.append(path.name) or digest(path))
     assert changes(images) is None
     assert read == ["listing.csv"]
 
@@ -64,7 +64,7 @@ def test_change_that_keeps_the_size_is_found(images: Path) -> None:
     assert "0 added, 1 changed, 0 removed (first: 'cat/1.png')" in str(changes(images))
 
 
-def test_touched_image_is_no_change(images: Path) -> None:
+def test_touched_image_is_not_a_change(images: Path) -> None:
     touch(images / "cat/1.png")
     assert changes(images) is None
 
@@ -91,7 +91,7 @@ def test_message_is_one_line_for_any_file_name(images: Path) -> None:
     assert "\n" not in line
 
 
-def test_listing_that_is_brought_back_finds_its_folder_again(images: Path, tmp_path: Path) -> None:
+def test_restored_listing_finds_its_folder(images: Path, tmp_path: Path) -> None:
     first = (tmp_path / "listing.csv").read_bytes()
     save(images / "cat/new.png", "new")
     prepare(images)

@@ -17,7 +17,16 @@ from mlflow.entities import Metric
 
 from pipelines.params import TrackingRun
 from pipelines.stage import quiet_environment
-from pipelines.tracking import Run, changed_store, connect, find_runs, registry_uri, shown, stage_run, tracking_uri
+from pipelines.tracking import (
+    Run,
+    changed_store,
+    connect,
+    find_runs,
+    registry_uri,
+    stage_run,
+    tracking_uri,
+    without_credentials,
+)
 from tests.conftest import ROOT
 
 POINTS = 200
@@ -331,4 +340,4 @@ def test_moved_project_has_not_changed_its_store(here: Path, monkeypatch: pytest
     ],
 )
 def test_stores_are_shown_without_credentials(here: Path, uri: str, expected: str) -> None:
-    assert shown(uri) == expected
+    assert without_credentials(uri) == expected

@@ -44,7 +44,7 @@ def test_each_image_depends_on_itself_only_for_any_batch(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in SPECS if kind != "none"])
 @torch.no_grad()
-def test_context_multiplies_and_its_null_is_no_context(kind):
+def test_context_multiplies_and_its_null_changes_nothing(kind):
     network, (spec, condition) = build(kind), SPECS[kind]
     x, t = torch.randn(2, 2, 8, 8), torch.tensor([3, 700])
     assert torch.equal(network(x, t), network(x, t, spec.null(2)))

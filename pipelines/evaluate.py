@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,145 +11,153 @@ import torch
 
 from diffusion_core.artifact import DiffusionModel
 from diffusion_core.generation import SamplerSettings
+from diffusion_core.metrics.statistics import GaussianStatistics
 from diffusion_core.storage import atomic_folder, write_json
-from pipelines.cluster import check_resources, check_shared, cluster_nodes, ray_session
+from pipelines.cluster import check_shared, cluster_nodes, place, ray_session
 from pipelines.data.shards import Manifest, read_manifest
 from pipelines.evaluation.figures import floor_label, heat_map, pareto_plot
-from pipelines.evaluation.samples import picture_unit, sample_picture
+from pipelines.evaluation.samples import picture_unit, sample_setting
 from pipelines.evaluation.sweep import Row, is_suspicious, make_row, pareto_front, sweep_settings
 from pipelines.evaluation.trajectory import sample_trajectory, trajectory_unit
-from pipelines.identity import identify, open_state
-from pipelines.measurement.distributed import measure_on_ray
+from pipelines.identity import closure_digest, identify, open_state
+from pipelines.measurement.distributed import measure_on_ray, unit_device
 from pipelines.measurement.floor import Floor, floor_at
-from pipelines.measurement.measure import Measurement, rows_per_call
+from pipelines.measurement.measure import Measurement, measurement_rows
 from pipelines.measurement.reference import load_reference, load_test_features
-from pipelines.measurement.units import Arrays, Unit, Work, load_result, measure_unit
+from pipelines.measurement.units import Arrays, Unit, Work, load_result, measure_unit, sample_units
+from pipelines.measurement.work import measurement_work, model_fits
 from pipelines.params import Params, RunSettings, flatten
+from pipelines.params.schema import Evaluate
 from pipelines.pictures import picture_of
-from pipelines.resources import plan_units
+from pipelines.resources import TaskPlan, plan_units
 from pipelines.stage import DATA, EVALUATION, METRICS, MODEL, PLOTS, REFERENCE, RUNS, check_writable, log, run_stage
 from pipelines.tables import write_csv
-from pipelines.tracking import stage_run
+from pipelines.tracking import Run, stage_run
 
 
 def evaluate(params: Params, run: RunSettings) -> None:
-    """Sample at every eta and number of steps on Ray, and write artifacts/evaluation: sweep.csv, quality.json, pictures of samples, a denoising trajectory, the heat map and the Pareto front."""
+    """Sample at every eta and number of steps on Ray, and compare the samples with the real images.
+
+    Writes artifacts/evaluation: sweep.csv, quality.json, pictures of samples, a denoising trajectory, the heat map and the Pareto
+    front.
+    """
     settings = params.evaluate
     check_writable(EVALUATION.parent, METRICS, PLOTS, RUNS)
     manifest = read_manifest(DATA)
     reference = load_reference(REFERENCE, manifest.content_hash)
     _check_model(DiffusionModel.load(MODEL), manifest, settings.steps)
-    digest = hashlib.sha256((MODEL / "model.safetensors").read_bytes()).hexdigest()
-    inputs = {"data": manifest.content_hash, "model": digest, "extractor": reference.extractor.digest}
-    sweep = sweep_settings(settings.etas, settings.steps, settings.guidance_scale, settings.spacing)
     with ray_session(run.ray):
-        num_units = len(sweep) * (1 + -(-settings.num_samples // settings.shard_size))
-        plan = plan_units(run.evaluate, num_units=num_units, nodes=cluster_nodes())
-        log.info("%s", plan.reason)
-        if plan.warning:
-            log.warning("%s", plan.warning)
-        check_resources(
-            1, plan.cpus, plan.gpus, "evaluate.cpus_per_task", "lower evaluate.cpus_per_task or evaluate.gpus_per_task"
+        nodes = cluster_nodes()
+        device_type = unit_device(run.evaluate, nodes)
+        rows_per_call = measurement_rows(device_type) if settings.batch_size == "auto" else settings.batch_size
+        work, decisive, inputs = measurement_work(
+            MODEL, REFERENCE, reference, seed=params.seed, rows_per_call=rows_per_call, device_type=device_type
         )
+        sweep = _make_sweep(settings, len(manifest.class_names), rows_per_call)
+        plan = plan_units(run.evaluate, num_units=sweep.num_units, nodes=nodes)
+        place(plan)
         check_shared({"the model": MODEL, "the reference": REFERENCE})
-        rows_of_call = rows_per_call(plan.device_type) if settings.batch_size == "auto" else settings.batch_size
-        # what decides a unit's result, besides its name: more etas, steps or samples reuse the units that are finished
-        decisive = {"seed": params.seed, "rows_per_call": rows_of_call, "device_type": plan.device_type}
-        computed_by = [measure_unit, sample_picture, sample_trajectory]
-        state_dir = open_state(identify("evaluate", decisive, inputs, computed_by), run.resume).folder
+        # settings that decide a unit's result; its name adds sampler and sample range, so a larger sweep reuses finished units
+        computed_by = [measure_unit, sample_setting, sample_trajectory]
+        state = open_state(identify("evaluate", decisive, inputs, computed_by), run.resume)
         used = {**decisive, **flatten("evaluate", settings)}
         key = identify("evaluate", used, inputs, computed_by).key
-        work = Work(
-            model_dir=str(MODEL.resolve()),
-            model_digest=digest,
-            reference_dir=str(REFERENCE.resolve()),
-            data_hash=manifest.content_hash,
-            seed=params.seed,
-            rows_per_call=rows_of_call,
-        )
-        pictures = [picture_unit(setting, len(manifest.class_names), settings.picture_rows) for setting in sweep]
-        longest = SamplerSettings(max(settings.steps), 0.0, settings.guidance_scale, settings.spacing)
-        trajectory = trajectory_unit(longest, settings.trajectory_images)
-        real, metric = reference.statistics["train"], reference.metric
-        rows: dict[int, Row] = {}
         tags = {"rediffuse.data_hash": manifest.content_hash}
         with stage_run(run.tracking, "evaluate", key, settings=used, tags=tags) as tracked:
-
-            def on_measurement(number: int, measurement: Measurement) -> None:
-                row = rows[number] = make_row(sweep[number], measurement, real)
-                values = {"eta": row.settings.eta, "steps": row.settings.steps, "num_samples": row.num_samples}
-                child = tracked.child(row.name, values)
-                child.log_metrics(_measures(row, metric))
-                child.finish()
-                log.info(
-                    "eta %s, %d steps: %s %.4f%s, %.1f%% agree with their label, %.1f images/s per worker",
-                    row.settings.eta,
-                    row.settings.steps,
-                    metric,
-                    row.fid,
-                    "" if row.fid_error is None else f" ± {row.fid_error:.4f}",
-                    100 * row.class_agreement,
-                    row.images_per_s,
-                )
-
-            measure_on_ray(
-                sweep,
-                settings.num_samples,
-                settings.shard_size,
-                work,
-                state_dir=state_dir,
-                plan=plan,
-                others=[*pictures, trajectory],
-                on_measurement=on_measurement,
-            )
-            in_order = [rows[number] for number in range(len(sweep))]
+            real, metric = reference.statistics["train"], reference.metric
+            rows = _measure(sweep, work, state.folder, plan, real, metric, tracked)
             floor = floor_at(*load_test_features(REFERENCE), real, settings.num_samples, params.seed)
-            _report_floor(in_order, metric, floor)
+            _report_floor(rows, metric, floor)
             quality = {
                 "data_hash": manifest.content_hash,
                 "metric": metric,
-                "extractor_digest": reference.extractor.digest,
+                "extractor_digest": inputs["extractor"],
+                "classifier_digest": inputs["classifier"],
                 "num_samples": settings.num_samples,
                 "spacing": settings.spacing,
                 "guidance_scale": settings.guidance_scale,
-                "seed": params.seed,
-                "model_digest": digest,
+                **decisive,
+                "measured_by": closure_digest(measure_unit),
+                "model_digest": work.model_digest,
+                "continued_across_changes": list(state.changed_modules),
             }
-            with atomic_folder(EVALUATION) as folder:
-                _write_tables(in_order, metric, floor, quality, folder)
-                samples = [_finished(state_dir, unit)["images"] for unit in pictures]
-                _write_pictures(in_order, samples, settings.picture_rows, folder / "samples")
-                _write_trajectory(_finished(state_dir, trajectory), longest, manifest.class_names, folder)
-                heat_map(in_order, metric, floor, folder / "heatmap.png")
-                pareto_plot(in_order, metric, floor, folder / "pareto.png")
-            fids = [
-                {
-                    "steps": row.settings.steps,
-                    "eta": row.settings.eta,
-                    "fid": f"{row.fid:.6f}",
-                    "class_agreement": f"{row.class_agreement:.6f}",
-                }
-                for row in in_order
-            ]
-            write_csv(PLOTS / "evaluate_fid.csv", ["steps", "eta", "fid", "class_agreement"], fids)
-            (PLOTS / "evaluate_heatmap.png").write_bytes((EVALUATION / "heatmap.png").read_bytes())
-            metrics = _summary(in_order, metric, floor)
-            write_json(METRICS / "evaluate.json", metrics)
-            numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-            tracked.log_metrics(numbers)
-            tracked.set_tags({name: str(value) for name, value in quality.items()})
-            tracked.log_artifact(EVALUATION)
+            _write_results(
+                rows, metric, floor, quality, sweep, state.folder, manifest.class_names, settings.picture_rows
+            )
+            _write_outputs(rows, _summary(rows, metric, floor), quality, tracked)
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """The units of a sweep: the parts of each setting's samples, a picture per setting, and the trajectory."""
+
+    settings: Sequence[SamplerSettings]
+    parts: Sequence[Sequence[Unit]]
+    pictures: Sequence[Unit]
+    trajectory: Unit
+
+    @property
+    def num_units(self) -> int:
+        return sum(map(len, self.parts)) + len(self.pictures) + 1
+
+
+def _make_sweep(settings: Evaluate, num_classes: int, rows_per_call: int) -> _Sweep:
+    sweep = sweep_settings(settings.etas, settings.steps, settings.guidance_scale, settings.spacing)
+    # eta 0: sampling adds no noise, so x_t changes smoothly from column to column
+    trajectory_sampler = SamplerSettings(
+        steps=max(settings.steps), eta=0.0, guidance_scale=settings.guidance_scale, spacing=settings.spacing
+    )
+    return _Sweep(
+        settings=sweep,
+        parts=[sample_units(each, settings.num_samples, settings.shard_size, rows_per_call) for each in sweep],
+        pictures=[picture_unit(each, num_classes, settings.picture_rows) for each in sweep],
+        trajectory=trajectory_unit(trajectory_sampler, settings.trajectory_images),
+    )
 
 
 def _check_model(model: DiffusionModel, manifest: Manifest, steps: Sequence[int]) -> None:
-    if tuple(model.class_names) != manifest.class_names or model.image_size != manifest.shape[0]:
+    if not model_fits(model, manifest):
         raise ValueError(
-            f"{MODEL} was trained on other classes or image sizes than {DATA} holds: run the train stage again"
+            f"{MODEL} was trained on other classes, image sizes or channels than {DATA} holds: run the train stage again"
         )
     if max(steps) > model.schedule.num_steps:
         raise ValueError(
             f"evaluate.steps: given {max(steps)}, allowed at most the model's {model.schedule.num_steps} steps"
         )
+
+
+def _measure(
+    sweep: _Sweep,
+    work: Work,
+    state_dir: Path,
+    plan: TaskPlan,
+    real: GaussianStatistics,
+    metric: str,
+    tracked: Run,
+) -> list[Row]:
+    """Compute all units on Ray and return a row per setting; log each row as soon as its setting is finished."""
+    rows: dict[int, Row] = {}
+
+    def on_measurement(number: int, measurement: Measurement) -> None:
+        row = rows[number] = make_row(sweep.settings[number], measurement, real)
+        values = {"eta": row.settings.eta, "steps": row.settings.steps, "num_samples": row.num_samples}
+        child = tracked.child(row.name, values)
+        child.log_metrics(_measures(row, metric))
+        child.finish()
+        log.info(
+            "eta %s, %d steps: %s %.4f%s, %.1f%% agree with their label, %.1f images/s per worker",
+            row.settings.eta,
+            row.settings.steps,
+            metric,
+            row.fid,
+            "" if row.fid_error is None else f" ± {row.fid_error:.4f}",
+            100 * row.class_agreement,
+            row.images_per_s,
+        )
+
+    others = [*sweep.pictures, sweep.trajectory]
+    measure_on_ray(sweep.parts, work, state_dir=state_dir, plan=plan, others=others, on_measurement=on_measurement)
+    return [rows[number] for number in range(len(sweep.settings))]
 
 
 def _measures(row: Row, metric: str) -> dict[str, float]:
@@ -158,18 +166,20 @@ def _measures(row: Row, metric: str) -> dict[str, float]:
 
 
 def _report_floor(rows: Sequence[Row], metric: str, floor: Floor) -> None:
-    error = ", error unknown" if floor.error is None else f" ± {floor.error:.4f}"
+    error = "" if floor.error is None else f" ± {floor.error:.4f}"
     log.info("%s: %s %.4f%s", floor_label(floor), metric, floor.value, error)
     suspicious = [row.name for row in rows if is_suspicious(row, floor)]
     if suspicious:
         log.warning(
-            "suspicious: %s below the floor by more than the error, so better than real images: check for memorised training images",
+            "suspicious: %s: FID below the floor by more than its error, so lower than that of real images; check for memorised "
+            "training images",
             ", ".join(suspicious),
         )
 
 
 def _summary(rows: Sequence[Row], metric: str, floor: Floor) -> dict[str, Any]:
     best = min(rows, key=lambda row: row.fid)
+    comparable = floor.num_samples == best.num_samples
     return {
         f"best_{metric}": round(best.fid, 6),
         f"best_{metric}_error": _rounded(best.fid_error),
@@ -179,15 +189,36 @@ def _summary(rows: Sequence[Row], metric: str, floor: Floor) -> dict[str, Any]:
         "floor": round(floor.value, 6),
         "floor_error": _rounded(floor.error),
         "floor_extrapolated": floor.extrapolated,
-        "over_floor": round(best.fid / floor.value, 4) if floor.value else None,
+        "over_floor": round(best.fid / floor.value, 4) if comparable and floor.value else None,
         "suspicious": sum(is_suspicious(row, floor) for row in rows),
     }
+
+
+def _write_results(
+    rows: Sequence[Row],
+    metric: str,
+    floor: Floor,
+    quality: dict[str, Any],
+    sweep: _Sweep,
+    state_dir: Path,
+    class_names: Sequence[str],
+    picture_rows: int,
+) -> None:
+    """Write artifacts/evaluation. The pictures come from the results of the finished units."""
+    with atomic_folder(EVALUATION) as folder:
+        _write_tables(rows, metric, floor, quality, folder)
+        samples = [_finished(state_dir, unit)["images"] for unit in sweep.pictures]
+        _write_pictures(rows, samples, picture_rows, folder / "samples")
+        _write_trajectory(_finished(state_dir, sweep.trajectory), sweep.trajectory.settings, class_names, folder)
+        heat_map(rows, metric, floor, folder / "heatmap.png")
+        pareto_plot(rows, metric, floor, folder / "pareto.png")
 
 
 def _write_tables(rows: Sequence[Row], metric: str, floor: Floor, quality: dict[str, Any], folder: Path) -> None:
     """Write sweep.csv and quality.json. Only sweep.csv holds times."""
     table = [
         {
+            "setting": row.name,
             "eta": row.settings.eta,
             "steps": row.settings.steps,
             "guidance_scale": row.settings.guidance_scale,
@@ -221,6 +252,8 @@ def _write_tables(rows: Sequence[Row], metric: str, floor: Floor, quality: dict[
         "floor": floor.value,
         "floor_error": floor.error,
         "floor_images": floor.num_images,
+        "floor_samples": floor.num_samples,
+        "floor_label": floor_label(floor),
         "floor_extrapolated": floor.extrapolated,
     }
     write_json(folder / "quality.json", {**quality, **floors, "rows": cells})
@@ -244,6 +277,25 @@ def _write_trajectory(arrays: Arrays, settings: SamplerSettings, class_names: Se
         "names": [class_names[label] for label in arrays["labels"]],
     }
     write_json(folder / "trajectory.json", description)
+
+
+def _write_outputs(rows: Sequence[Row], metrics: dict[str, Any], quality: dict[str, Any], tracked: Run) -> None:
+    """Write the plots and metrics of DVC, and log the metrics and artifacts/evaluation to MLflow."""
+    fids = [
+        {
+            "steps": row.settings.steps,
+            "eta": row.settings.eta,
+            "fid": f"{row.fid:.6f}",
+            "class_agreement": f"{row.class_agreement:.6f}",
+        }
+        for row in rows
+    ]
+    write_csv(PLOTS / "evaluate_fid.csv", ["steps", "eta", "fid", "class_agreement"], fids)
+    (PLOTS / "evaluate_heatmap.png").write_bytes((EVALUATION / "heatmap.png").read_bytes())
+    write_json(METRICS / "evaluate.json", metrics)
+    tracked.log_metrics({name: value for name, value in metrics.items() if isinstance(value, int | float)})
+    tracked.set_tags({name: str(value) for name, value in quality.items()})
+    tracked.log_artifact(EVALUATION)
 
 
 def _finished(state_dir: Path, unit: Unit) -> Arrays:

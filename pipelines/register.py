@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusion_core.artifact import DiffusionModel
-from diffusion_core.storage import read_json, write_json
+from diffusion_core.storage import file_sha256, read_json, write_json
 from pipelines.identity import identify
 from pipelines.params import Params, Register, RunSettings, flatten
 from pipelines.registry.champion_measurement import measure_champion
-from pipelines.registry.gate import COMPARED, differences, judge, measured_error
+from pipelines.registry.gate import COMPARED, RECORDED, Verdict, differences, judge, measured_error
 from pipelines.registry.registration import (
     ALIAS,
     champion,
@@ -23,7 +22,7 @@ from pipelines.registry.registration import (
     recorded,
 )
 from pipelines.stage import EVALUATION, METRICS, MODEL, REGISTRATION, check_writable, log, run_stage
-from pipelines.tracking import stage_run
+from pipelines.tracking import Run, stage_run
 
 QUALITY = EVALUATION / "quality.json"
 
@@ -47,28 +46,16 @@ def register(params: Params, run: RunSettings) -> None:
         if version is None:
             version = create_version(tracked, name, MODEL, digest, code, model.image_shape)
         record(client, name, version.version, measurement)
-        old: Mapping[str, Any] | None = None if current is None else recorded(current)
-        if current is not None and int(current.version) == int(version.version):
-            promoted, reason = False, "it is already the champion: the same weights and the same code"
-            old = measurement
-        else:
-            if current is not None and old is not None and differences(measurement, old):
-                log.info(
-                    "measuring the champion again: it was measured with another %s",
-                    ", ".join(differences(measurement, old)),
-                )
-                old = measure_champion(current, measurement, quality["seed"], run) or old
-            verdict = judge(measurement, old)
-            promoted, reason = verdict.promoted, verdict.reason
-        if promoted:
+        verdict, old = _judge(version, measurement, current, run)
+        if verdict.promoted:
             client.set_registered_model_alias(name, ALIAS, version.version)
         now = champion(client, name)
         result = {
             "model_name": name,
             "version": int(version.version),
             "alias": ALIAS,
-            "promoted": promoted,
-            "reason": reason,
+            "promoted": verdict.promoted,
+            "reason": verdict.reason,
             "champion_version": int(now.version) if now is not None else None,
             "previous_champion_version": int(current.version) if current is not None else None,
             "previous_champion_fid": float(old["fid"]) if old is not None and "fid" in old else None,
@@ -77,23 +64,49 @@ def register(params: Params, run: RunSettings) -> None:
             "model_digest": digest,
             "code_digest": code,
         }
-        write_json(REGISTRATION, result)
-        metrics = {
-            "version": int(version.version),
-            "promoted": promoted,
-            measurement["metric"]: round(measurement["fid"], 6),
-        }
-        write_json(METRICS / "register.json", metrics)
-        tracked.log_metrics({metric: float(value) for metric, value in metrics.items()})
-        tracked.log_artifact(REGISTRATION)
-        tracked.set_tags({"verdict": "promoted" if promoted else "kept", "reason": reason[:4000]})
-    log.info("%s version %s: %s; %s", name, version.version, "champion" if promoted else "the alias stays", reason)
+        _write_outputs(result, tracked)
+    outcome = "champion" if verdict.promoted else "not promoted"
+    log.info("%s version %s: %s; %s", name, version.version, outcome, verdict.reason)
+
+
+def _judge(
+    version: Any, measurement: Mapping[str, Any], current: Any | None, run: RunSettings
+) -> tuple[Verdict, Mapping[str, Any] | None]:
+    """Return the verdict on a version, and the measurement of ``current``, the champion.
+
+    The champion is measured again if its recorded measurement is not comparable.
+    """
+    if current is None:
+        return judge(measurement, None), None
+    if int(current.version) == int(version.version):
+        return Verdict(False, "it is already the champion: the same weights and the same code"), measurement
+    old: Mapping[str, Any] = recorded(current)
+    different = differences(measurement, old)
+    if different:
+        log.info("measuring the champion again: it was measured with another %s", ", ".join(different))
+        old = measure_champion(current, measurement, run) or old
+    return judge(measurement, old), old
+
+
+def _write_outputs(result: Mapping[str, Any], tracked: Run) -> None:
+    """Write artifacts/registration.json and the metrics, and log them to MLflow."""
+    write_json(REGISTRATION, result)
+    candidate = result["candidate"]
+    metrics = {
+        "version": result["version"],
+        "promoted": result["promoted"],
+        candidate["metric"]: round(candidate["fid"], 6),
+    }
+    write_json(METRICS / "register.json", metrics)
+    tracked.log_metrics({metric: float(value) for metric, value in metrics.items()})
+    tracked.log_artifact(REGISTRATION)
+    tracked.set_tags({"verdict": "promoted" if result["promoted"] else "kept", "reason": result["reason"][:4000]})
 
 
 def check_weights(quality: Mapping[str, Any], weights: Path) -> None:
     """Raise ValueError if quality.json measures other weights than those that are to be registered."""
     try:
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        digest = file_sha256(weights)
     except OSError as error:
         raise ValueError(f"cannot read {weights}: {error.strerror}; run the train stage again") from None
     if quality["model_digest"] != digest:
@@ -105,15 +118,14 @@ def check_weights(quality: Mapping[str, Any], weights: Path) -> None:
 
 def candidate_measurement(quality: Mapping[str, Any], gate: Register) -> dict[str, Any]:
     """Return the candidate's figure at the gate's setting, and everything that it depends on."""
+    keys = (*COMPARED, *RECORDED, "fid", "fid_error", "class_agreement")
     for row in quality["rows"]:
         if row["eta"] == gate.eta and row["steps"] == gate.steps:
             everything = {**quality, **row}
-            return {
-                **{key: everything[key] for key in COMPARED},
-                "fid": row["fid"],
-                "fid_error": row["fid_error"],
-                "class_agreement": row["class_agreement"],
-            }
+            missing = [key for key in keys if key not in everything]
+            if missing:
+                raise ValueError(f"{QUALITY} lacks {', '.join(missing)}: measure again with: dvc repro -f evaluate")
+            return {key: everything[key] for key in keys}
     raise ValueError(
         f"{QUALITY} has no row of eta {gate.eta} and {gate.steps} steps: measure it with: dvc repro evaluate"
     )

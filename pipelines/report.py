@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffusion_core.storage import atomic_folder, read_json, write_text
+from diffusion_core.storage import atomic_folder, file_sha256, read_json, write_text
 from pipelines.data.shards import ImageSplit, open_split, read_manifest
 from pipelines.identity import identify
 from pipelines.params import Params, RunSettings, flatten, read_yaml
@@ -33,18 +32,20 @@ from pipelines.tracking import stage_run
 
 
 def report(params: Params, run: RunSettings) -> None:
-    """Write artifacts/report/index.html: what was run, losses, trials, the FID table, samples, a denoising trajectory and the verdict, in one file."""
+    """Write the report as one self-contained HTML page.
+
+    Writes artifacts/report/index.html: what was run, losses, trials, the FID table, samples, a denoising trajectory and the verdict.
+    """
     check_writable(REPORT.parent)
     results = read_results()
-    html = (
-        render(params.report.title, results).encode("utf-8", "backslashreplace").decode()
-    )  # names of files may be no text
+    # file names may contain bytes that are not UTF-8
+    html = render(params.report.title, results).encode("utf-8", "backslashreplace").decode()
     with atomic_folder(REPORT) as folder:
         write_text(folder / "index.html", html)
     settings = flatten("report", params.report)
     inputs = {
         "model": results.quality["model_digest"],
-        "registration": hashlib.sha256(REGISTRATION.read_bytes()).hexdigest(),
+        "registration": file_sha256(REGISTRATION),
     }
     key = identify("report", settings, inputs, [render]).key
     tags = {"rediffuse.data_hash": results.manifest.content_hash}
@@ -57,10 +58,7 @@ def read_results() -> Results:
     """Read what the earlier stages wrote. Raises ValueError that names a file that is missing."""
     manifest = read_manifest(DATA)
     sweep = read_csv(EVALUATION / "sweep.csv")
-    pictures = [
-        (row["eta"], row["steps"], EVALUATION / "samples" / f"eta-{row['eta']}-steps-{row['steps']}.png")
-        for row in sweep
-    ]
+    pictures = [(row["eta"], row["steps"], EVALUATION / "samples" / f"{row['setting']}.png") for row in sweep]
     return Results(
         manifest=manifest,
         reference=read_json(REFERENCE / "reference.json"),

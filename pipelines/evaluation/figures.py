@@ -76,10 +76,15 @@ def pareto_plot(rows: Sequence[Row], metric: str, floor: Floor, path: Path) -> N
 
 
 def floor_label(floor: Floor) -> str:
-    """Return what the floor is, with its counts."""
-    if floor.extrapolated:
-        return f"floor: {floor.num_samples} real images, extrapolated from {floor.num_images}"
-    return f"floor: {floor.num_samples} of {floor.num_images} real test images"
+    """Return the floor's label with its counts."""
+    samples, images = floor.num_samples, floor.num_images
+    if samples == images:
+        label = f"FID of the {images} test images"
+    elif 2 * samples <= images:
+        label = f"{samples} of {images} real test images"
+    else:
+        label = f"{samples} real images, {'extrapolated' if floor.extrapolated else 'interpolated'} from {images}"
+    return f"floor: {label}" + (", error unknown" if floor.error is None else "")
 
 
 def _eta(eta: object) -> str:

@@ -1,4 +1,4 @@
-"""The sweep: its sampler settings, and what is concluded from their measurements."""
+"""Sampler settings of the sweep, and its rows, suspicious cells and Pareto front."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The setting in names of files and runs."""
+        """The setting, as files and MLflow runs are named after it."""
         return f"eta-{self.settings.eta}-steps-{self.settings.steps}"
 
 
@@ -55,7 +55,7 @@ def make_row(settings: SamplerSettings, measurement: Measurement, real: Gaussian
 
 
 def is_suspicious(row: Row, floor: Floor) -> bool:
-    """Return True if the FID is below the floor by more than the error of their difference: better than real images would be.
+    """Return True if the FID is below the floor by more than the error of their difference, so lower than that of real images.
 
     The error is sqrt(fid_error^2 + floor error^2), an unknown fid_error counts as 0. False if the floor's error is unknown.
     """

@@ -1,1 +1,1 @@
-"""Labels to samples to features to statistics: shared by trials, the sweep and the gate."""
+"""Measurement of a model: labels, samples, features, statistics. Trials, the sweep and the gate use it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,11 +69,9 @@ def accuracy(classifier: ImageClassifier, images: ImageSplit, device: torch.devi
     return right / len(images)
 
 
-def save_class_network(classifier: ImageClassifier, folder: Path) -> str:
-    """Write the class network and return its SHA-256."""
-    path = folder / CLASSIFIER
-    save_classifier(classifier, path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def save_class_network(classifier: ImageClassifier, folder: Path) -> None:
+    """Write the class network into artifacts/reference."""
+    save_classifier(classifier, folder / CLASSIFIER)
 
 
 def split_features(extractor: FeatureExtractor, images: ImageSplit, device: torch.device) -> Iterator[np.ndarray]:

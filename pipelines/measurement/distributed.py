@@ -1,4 +1,4 @@
-"""Units of work as Ray tasks: finished ones are kept, and a unit whose worker dies is computed again."""
+"""Run units of work as Ray tasks, skip finished units, and retry units whose worker dies."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from typing import Any
 
 import torch
 
-from diffusion_core.generation import SamplerSettings
 from pipelines.devices import prepare_process
+from pipelines.durations import minutes_and_seconds
 from pipelines.measurement.measure import Measurement
-from pipelines.measurement.units import Arrays, Unit, Work, load_result, merge_units, sample_units, save_result
-from pipelines.resources import TaskPlan
+from pipelines.measurement.units import Arrays, Unit, Work, load_result, merge_units, save_result
+from pipelines.params import EvaluateRun
+from pipelines.resources import Node, TaskPlan, plan_units
 
 log = logging.getLogger("rediffuse")
 
 PROGRESS_SECONDS = 10.0
 
 
+def unit_device(run: EvaluateRun, nodes: Sequence[Node]) -> str:
+    """Return the device type of the units, cpu or cuda. The number of units, which depends on it, does not change it."""
+    return plan_units(run, num_units=1, nodes=nodes).device_type
+
+
 def measure_on_ray(
-    settings: Sequence[SamplerSettings],
-    num_samples: int,
-    shard_size: int,
+    parts: Sequence[Sequence[Unit]],
     work: Work,
     *,
     state_dir: Path,
@@ -33,14 +37,13 @@ def measure_on_ray(
     others: Sequence[Unit] = (),
     on_measurement: Callable[[int, Measurement], None] = lambda number, measurement: None,
 ) -> list[Measurement]:
-    """Measure samples 0 to ``num_samples - 1`` at each setting on Ray, and return one measurement per setting.
+    """Measure on Ray, and return one measurement per setting. ``parts`` are the `sample_units` of each setting.
 
     ``others`` are further units that run in the same pool. ``on_measurement(number of the setting, measurement)`` is called as soon
     as a setting is finished. See `run_units`.
     """
-    shards = [sample_units(setting, num_samples, shard_size, work.rows_per_call) for setting in settings]
-    number_of = {unit: number for number, units in enumerate(shards) for unit in units}
-    missing = [len(units) for units in shards]
+    number_of = {unit: number for number, units in enumerate(parts) for unit in units}
+    missing = [len(units) for units in parts]
     measurements: dict[int, Measurement] = {}
 
     def on_result(unit: Unit) -> None:
@@ -49,11 +52,11 @@ def measure_on_ray(
             return
         missing[number] -= 1
         if missing[number] == 0:
-            measurements[number] = merge_units(shards[number], state_dir)
+            measurements[number] = merge_units(parts[number], state_dir)
             on_measurement(number, measurements[number])
 
     run_units([*number_of, *others], work, state_dir=state_dir, plan=plan, on_result=on_result)
-    return [measurements[number] for number in range(len(settings))]
+    return [measurements[number] for number in range(len(parts))]
 
 
 def run_units(
@@ -61,17 +64,15 @@ def run_units(
 ) -> None:
     """Compute the units on Ray, the longest first, at most ``plan.max_concurrent`` at a time; save each result in ``state_dir``.
 
-    Units whose result is already there are not computed again. ``on_result(unit)`` is called for every unit when its result is on
-    disk. A unit whose worker dies is computed again up to ``plan.max_retries`` times.
-
-    Raises ValueError if a unit's worker dies more often, and whatever a unit raises.
+    Skips units that have a result. ``on_result(unit)`` is called for every unit when its result is on disk. Retries a unit whose
+    worker dies up to ``plan.max_retries`` times. Raises ValueError if it dies more often; errors of a unit propagate.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     finished = [unit for unit in units if load_result(state_dir, unit) is not None]
     if finished:
-        log.info("%d of %d units are finished already", len(finished), len(units))
+        log.info("resuming: %d of %d units are finished", len(finished), len(units))
     for unit in finished:
         on_result(unit)
     waiting = deque(sorted(set(units) - set(finished), key=lambda unit: (-unit.cost, unit.name)))
@@ -108,11 +109,11 @@ def run_units(
 
 
 class _Progress:
-    """The line that says how far the units are and how fast."""
+    """Progress line: units done, speed, time left."""
 
     def __init__(self, num_units: int, finished: int, total_cost: int) -> None:
         self.num_units, self.finished, self.total_cost = num_units, finished, total_cost
-        self.started = self.said = time.monotonic()
+        self.started = self.reported = time.monotonic()
         self.cost = self.images = self.calls = 0
 
     def add(self, unit: Unit, arrays: Arrays) -> None:
@@ -121,19 +122,17 @@ class _Progress:
         self.images += unit.count
         self.calls += int(arrays["network_calls"].item())
         now = time.monotonic()
-        if now - self.said < PROGRESS_SECONDS and self.finished < self.num_units:
+        if now - self.reported < PROGRESS_SECONDS and self.finished < self.num_units:
             return
-        self.said = now
+        self.reported = now
         elapsed = max(now - self.started, 1e-9)
-        minutes, seconds = divmod(int(elapsed * (self.total_cost - self.cost) / self.cost), 60)
         log.info(
-            "%d/%d units  %.1f network calls/s  %.1f images/s  ETA %d:%02d",
+            "%d/%d units  %.1f network calls/s  %.1f images/s  ETA %s",
             self.finished,
             self.num_units,
             self.calls / elapsed,
             self.images / elapsed,
-            minutes,
-            seconds,
+            minutes_and_seconds(elapsed * (self.total_cost - self.cost) / self.cost),
         )
 
 

@@ -1,4 +1,4 @@
-"""The floor: the FID that as many real images would have as the samples that are judged."""
+"""The floor: the FID of as many real images as there are samples."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SUBSETS = 8
 
 @dataclass(frozen=True)
 class Floor:
-    """FID of ``num_samples`` real test images against the train images.
+    """FID of ``num_samples`` real images against the train images.
 
-    ``error``: the standard deviation of one such figure, None if there are too few images to tell; ``num_images``: test images
-    that it was made of; ``extrapolated``: True if they were fewer than ``num_samples``.
+    ``error``: the standard deviation of one such figure, None if there are too few images; ``num_images``: number of test images
+    used; ``extrapolated``: True if they were fewer than ``num_samples``.
     """
 
     value: float
@@ -41,7 +41,8 @@ def floor_at(
     counts N cannot be compared (arXiv 1911.07023). With at least 2 N test images, the floor is the mean FID of 8 random subsets of
     N images, and its error their standard deviation. With fewer, it is the line a + b / N through the FID of all images and the
     mean FID of halves of them, as in section 3 there; its error is the jackknife over 8 groups of images. The halves are the 14
-    sets of four groups of the block design 3-(8, 4, 1), so each group is absent from seven of them. ``seed`` draws the subsets and
+    sets of four groups of the block design 3-(8, 4, 1), so each group is absent from seven of them. Fewer than 32 test images are
+    too few for groups: the floor is the FID of all of them, with ``num_samples`` their number and no error. ``seed`` draws the subsets and
     groups. All of them have the class shares of the test images, as samples have those of the train images: otherwise small subsets
     would differ in their shares too, and FID would not follow the line.
 
@@ -56,10 +57,10 @@ def floor_at(
             frechet_distance(GaussianStatistics.from_features(test_features[subset]), train) for subset in subsets
         ]
         return Floor(float(np.mean(values)), float(np.std(values, ddof=1)), num_samples, images, extrapolated=False)
-    extrapolated = images < num_samples
     if images < 4 * GROUPS:
         value = frechet_distance(GaussianStatistics.from_features(test_features), train)
-        return Floor(value, None, num_samples, images, extrapolated)
+        return Floor(value, None, images, images, extrapolated=False)
+    extrapolated = images < num_samples
     order = _by_class(test_labels, rng)
     groups = [GaussianStatistics.from_features(test_features[order[group::GROUPS]]) for group in range(GROUPS)]
     whole = frechet_distance(_merged(groups, range(GROUPS)), train)

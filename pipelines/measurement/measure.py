@@ -1,4 +1,4 @@
-"""Labels to samples to features to statistics: what the search's trials, the sweep and the gate all measure with."""
+"""Measurement of a model: labels, samples, features, statistics. Trials, the sweep and the gate use it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from pipelines.measurement.reference import Reference
 GROUPS = 8
 """Groups of samples (sample k is in group k modulo 8) that the jackknife leaves out in turn."""
 GROUPED_FEATURES = 512
-"""Up to this many features the groups are kept apart. At 2048 they would take 8 x 32 MB per measurement."""
+"""Largest number of features with separate groups. At 2048 the groups would take 8 x 32 MB per measurement."""
 
 
 @dataclass(frozen=True)
 class Measurement:
     """Statistics of samples, and the cost of sampling them.
 
-    ``groups``: statistics per group of samples, k modulo their number; ``agreeing``: samples that the class network gives the
-    label that they were sampled with; ``seconds``: time spent in sampling, each block measured until its images are on the CPU,
-    without loading the model and without the features; ``network_calls``: calls of the network, a batched call is one.
+    ``groups``: statistics per group of samples, k modulo their number; ``agreeing``: number of samples that the class
+    network assigns to their label; ``seconds``: time spent in sampling, each block measured until its images are on the CPU, without
+    loading the model and without the features; ``network_calls``: calls of the network, a batched call is one.
     """
 
     groups: tuple[GaussianStatistics, ...]
@@ -72,10 +72,10 @@ class CallCounter:
         self.calls += 1
 
 
-def rows_per_call(device_type: str) -> int:
+def measurement_rows(device_type: str) -> int:
     """Return the number of rows per network call, fixed per device type because it changes the last bits of an image.
 
-    128 on a CPU: there the network of the digits is fastest per image from 96 rows on. 256 on a GPU.
+    128 on a CPU, because the digits network is fastest per image from 96 rows; 256 on a GPU.
     """
     return 128 if device_type == "cpu" else 256
 
@@ -140,7 +140,7 @@ def jackknife_error(left_out: Iterable[float]) -> float:
 
 
 def distance_with_error(measurement: Measurement, real: GaussianStatistics) -> tuple[float, float | None]:
-    """Return the Frechet distance to ``real`` and its jackknife error; None if the measurement keeps no groups apart."""
+    """Return the Frechet distance to ``real`` and its jackknife error, or None if there is one group."""
     distance = frechet_distance(measurement.statistics, real)
     if len(measurement.groups) == 1 or min(group.n for group in measurement.groups) == 0:
         return distance, None

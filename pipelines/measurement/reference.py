@@ -1,9 +1,10 @@
-"""What samples are compared with, read from the folder that the reference stage wrote."""
+"""The reference that samples are compared with, as the reference stage wrote it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Reference:
 
 
 def load_reference(folder: Path, data_hash: str) -> Reference:
-    """Read artifacts/reference. Raises ValueError if it is damaged or was made of other data."""
+    """Read artifacts/reference. Raises ValueError if it is damaged or belongs to other data."""
     try:
         description = read_json(folder / DESCRIPTION)
     except ValueError as error:
@@ -57,7 +58,7 @@ def load_reference(folder: Path, data_hash: str) -> Reference:
             raise ValueError(f"{folder / DESCRIPTION} lacks {key}: {REMEDY}")
     if description["data_hash"] != data_hash:
         raise ValueError(
-            f"{folder} was made of data {description['data_hash'][:12]}, not of {data_hash[:12]}: {REMEDY}"
+            f"{folder} belongs to other data: made of data {description['data_hash'][:12]}, not of {data_hash[:12]}: {REMEDY}"
         )
     try:
         extractor = load_extractor(folder)
@@ -67,6 +68,12 @@ def load_reference(folder: Path, data_hash: str) -> Reference:
     if extractor.digest != description["extractor_digest"]:
         raise ValueError(f"{folder} holds the statistics of another extractor: {REMEDY}")
     return Reference(extractor, classifier, load_statistics(folder / STATISTICS), description)
+
+
+@lru_cache(maxsize=1)
+def load_reference_on(folder: str, data_hash: str, device: torch.device) -> Reference:
+    """Load the reference onto a device. The last one stays loaded in this process."""
+    return load_reference(Path(folder), data_hash).to(device)
 
 
 def save_statistics(statistics: Mapping[str, GaussianStatistics], path: Path) -> None:

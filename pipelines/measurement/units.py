@@ -17,14 +17,14 @@ from diffusion_core.generation import SamplerSettings
 from diffusion_core.metrics.statistics import GaussianStatistics
 from diffusion_core.storage import atomic_path
 from pipelines.measurement.measure import Measurement, measure, num_groups
-from pipelines.measurement.reference import Reference, load_reference
+from pipelines.measurement.reference import load_reference_on
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What all units share. The folders are absolute, because workers run in other folders.
+    """Settings that all units share. The folders are absolute, because workers run in other folders.
 
     It decides the result together with the unit and the device type, so all of it belongs to the key of the folder of results.
     """
@@ -51,7 +51,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """A file name made of all that tells this unit from others of the same work."""
+        """File name, unique among the units of one work."""
         s = self.settings
         eta = s.eta if isinstance(s.eta, str) else float(s.eta)
         sampler = f"steps-{s.steps}_eta-{eta}_guidance-{float(s.guidance_scale)}_{s.spacing}"
@@ -59,14 +59,14 @@ class Unit:
 
     @property
     def cost(self) -> int:
-        """Rows that pass through the network."""
+        """Cost estimate: steps times samples."""
         return self.settings.steps * self.count
 
 
 def sample_units(settings: SamplerSettings, num_samples: int, shard_size: int, rows_per_call: int) -> list[Unit]:
     """Return the units that measure samples 0 to ``num_samples - 1``, ``shard_size`` samples per unit.
 
-    The size is rounded up to a multiple of ``rows_per_call``, because a network call that two units share is made twice.
+    The size is rounded up to a multiple of ``rows_per_call``, because two units that share a block would both compute it.
     """
     size = -(-shard_size // rows_per_call) * rows_per_call
     return [
@@ -75,8 +75,9 @@ def sample_units(settings: SamplerSettings, num_samples: int, shard_size: int, r
 
 
 def measure_unit(work: Work, unit: Unit, device: torch.device) -> Arrays:
-    """Measure the unit's samples where they are made."""
-    model, reference = load_model(work, device), _load_reference(work, device)
+    """Sample the unit's images and measure them on the same worker."""
+    model = load_model(work, device)
+    reference = load_reference_on(work.reference_dir, work.data_hash, device)
     indices = torch.arange(unit.first, unit.first + unit.count)
     measurement = measure(
         model,
@@ -98,7 +99,7 @@ def measure_unit(work: Work, unit: Unit, device: torch.device) -> Arrays:
 
 
 def merge_units(units: Sequence[Unit], folder: Path) -> Measurement:
-    """Return the measurement of all of these finished `sample_units`. It reads one file at a time, in this order."""
+    """Merge the measurements of finished units, one file at a time, in order."""
     return reduce(Measurement.merge, (_measurement(folder, unit) for unit in units))
 
 
@@ -120,11 +121,6 @@ def load_result(folder: Path, unit: Unit) -> Arrays | None:
 def load_model(work: Work, device: torch.device) -> DiffusionModel:
     """Load the model of the work. The last one stays loaded in this process."""
     return DiffusionModel.load(Path(work.model_dir), device)
-
-
-@lru_cache(maxsize=1)
-def _load_reference(work: Work, device: torch.device) -> Reference:
-    return load_reference(Path(work.reference_dir), work.data_hash).to(device)
 
 
 def _measurement(folder: Path, unit: Unit) -> Measurement:

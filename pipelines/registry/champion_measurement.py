@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,15 +9,15 @@ from typing import Any
 
 from diffusion_core.artifact import DiffusionModel
 from diffusion_core.generation import SamplerSettings
-from pipelines.cluster import check_resources, check_shared, cluster_nodes, ray_session
+from pipelines.cluster import check_shared, cluster_nodes, place, ray_session
 from pipelines.data.shards import read_manifest
-from pipelines.identity import identify, open_state
-from pipelines.measurement.distributed import measure_on_ray
-from pipelines.measurement.measure import distance_with_error, measure, rows_per_call
+from pipelines.identity import closure_digest, identify, open_state
+from pipelines.measurement.distributed import measure_on_ray, unit_device
+from pipelines.measurement.measure import distance_with_error, measurement_rows
 from pipelines.measurement.reference import load_reference
-from pipelines.measurement.units import Work
+from pipelines.measurement.units import measure_unit, sample_units
+from pipelines.measurement.work import measurement_work, model_fits
 from pipelines.params import RunSettings
-from pipelines.registry.gate import COMPARED
 from pipelines.registry.registration import download_model
 from pipelines.resources import plan_units
 from pipelines.stage import DATA, REFERENCE, RUNS, log
@@ -26,51 +25,56 @@ from pipelines.stage import DATA, REFERENCE, RUNS, log
 SHARD_SIZE = 500
 
 
-def measure_champion(version: Any, candidate: Mapping[str, Any], seed: int, run: RunSettings) -> dict[str, Any] | None:
-    """Return the champion's ``fid``, ``fid_error`` and ``class_agreement`` at the candidate's setting, with `COMPARED`.
+def measure_champion(version: Any, candidate: Mapping[str, Any], run: RunSettings) -> dict[str, Any] | None:
+    """Return the champion's measurement at the candidate's sampler setting, sample count and seed.
 
-    ``candidate`` holds the candidate's measurement. Returns None if the champion samples other classes or image sizes than the data
-    set has. Finished units of an earlier attempt are not computed again.
+    It has the keys of ``candidate``, the candidate's measurement. The rows per call are the candidate's too, if the device types
+    agree. Returns None if the champion samples other classes, image sizes or channels than the data set has. Skips units that an
+    earlier attempt finished.
     """
     manifest = read_manifest(DATA)
     RUNS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=RUNS.resolve(), prefix="champion-") as scratch, ray_session(run.ray):
-        folder = download_model(version, Path(scratch))
-        model = DiffusionModel.load(folder)
-        if tuple(model.class_names) != manifest.class_names or model.image_shape[1:] != manifest.shape[:2]:
-            log.warning("the champion samples other classes or image sizes: it cannot be measured on this data set")
+        folder = download_model(f"models:/{version.name}/{version.version}", Path(scratch))
+        if not model_fits(DiffusionModel.load(folder), manifest):
+            log.warning(
+                "the champion samples other classes, image sizes or channels: it cannot be measured on this data set"
+            )
             return None
         reference = load_reference(REFERENCE, manifest.content_hash)
-        settings = SamplerSettings(
+        nodes = cluster_nodes()
+        device_type = unit_device(run.evaluate, nodes)
+        same_device = device_type == candidate["device_type"]
+        work, settings, inputs = measurement_work(
+            folder,
+            REFERENCE,
+            reference,
+            seed=candidate["seed"],
+            rows_per_call=candidate["rows_per_call"] if same_device else measurement_rows(device_type),
+            device_type=device_type,
+        )
+        sampler = SamplerSettings(
             steps=candidate["steps"],
             eta=candidate["eta"],
             guidance_scale=candidate["guidance_scale"],
             spacing=candidate["spacing"],
         )
-        num_units = -(-candidate["num_samples"] // SHARD_SIZE)
-        plan = plan_units(run.evaluate, num_units=num_units, nodes=cluster_nodes())
-        log.info("%s", plan.reason)
-        if plan.warning:
-            log.warning("%s", plan.warning)
-        check_resources(1, plan.cpus, plan.gpus, "a unit", "lower evaluate.cpus_per_task or evaluate.gpus_per_task")
+        units = sample_units(sampler, candidate["num_samples"], SHARD_SIZE, work.rows_per_call)
+        plan = plan_units(run.evaluate, num_units=len(units), nodes=nodes)
+        place(plan)
         check_shared({"the champion": folder, "the reference": REFERENCE})
-        work = Work(
-            model_dir=str(folder.resolve()),
-            model_digest=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
-            reference_dir=str(REFERENCE.resolve()),
-            data_hash=manifest.content_hash,
-            seed=seed,
-            rows_per_call=rows_per_call(plan.device_type),
-        )
-        decides = {"seed": seed, "rows_per_call": work.rows_per_call, "device_type": plan.device_type}
-        inputs = {"data": work.data_hash, "model": work.model_digest, "extractor": reference.extractor.digest}
-        state = open_state(identify("register", decides, inputs, [measure]), run.resume)
-        (measurement,) = measure_on_ray(
-            [settings], candidate["num_samples"], SHARD_SIZE, work, state_dir=state.folder, plan=plan
-        )
+        state = open_state(identify("register", settings, inputs, [measure_unit]), run.resume)
+        (measurement,) = measure_on_ray([units], work, state_dir=state.folder, plan=plan)
     fid, error = distance_with_error(measurement, reference.statistics["train"])
     return {
-        **{name: candidate[name] for name in COMPARED},
+        **candidate,
+        "data_hash": manifest.content_hash,
+        "metric": reference.metric,
+        "extractor_digest": inputs["extractor"],
+        "measured_by": closure_digest(measure_unit),
+        "rows_per_call": work.rows_per_call,
+        "device_type": device_type,
+        "classifier_digest": inputs["classifier"],
         "fid": fid,
         "fid_error": error,
         "class_agreement": measurement.agreeing / measurement.num_samples,

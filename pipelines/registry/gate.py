@@ -1,4 +1,4 @@
-"""The gate: may a candidate become the champion?"""
+"""The gate that decides if a candidate becomes the champion."""
 
 from __future__ import annotations
 
@@ -7,8 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-COMPARED = ("data_hash", "metric", "extractor_digest", "num_samples", "spacing", "guidance_scale", "eta", "steps")
-"""What must agree before two figures are compared: data, extractor, sample count and sampler."""
+COMPARED = (
+    "data_hash",
+    "metric",
+    "extractor_digest",
+    "num_samples",
+    "spacing",
+    "guidance_scale",
+    "eta",
+    "steps",
+    "seed",
+    "measured_by",
+)
+"""Keys that must agree before two figures are compared: data, extractor, sample count, sampler, seed and measuring code."""
+RECORDED = ("rows_per_call", "device_type", "classifier_digest")
+"""Keys that a measurement also holds. They change an FID only by rounding, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,7 @@ def judge(candidate: Mapping[str, Any], champion: Mapping[str, Any] | None) -> V
     The alias moves only to a lower FID that was measured in the same way. The errors do not change the rule; the reason states them.
     """
     if champion is None:
-        return Verdict(True, "there was no champion")
+        return Verdict(True, "there is no champion to beat")
     different = differences(candidate, champion)
     if different:
         return Verdict(False, f"not comparable with the champion: they differ in {', '.join(different)}")

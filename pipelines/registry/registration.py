@@ -80,7 +80,7 @@ def create_version(
 
 
 def record(client: Any, name: str, version: str, measurement: Mapping[str, Any]) -> None:
-    """Keep a measurement as the version's tags."""
+    """Store a measurement in the version's tags."""
     for key, value in measurement.items():
         client.set_model_version_tag(name, version, PREFIX + key, str(value))
 
@@ -93,7 +93,7 @@ def recorded(version: Any) -> dict[str, str]:
 def champion(client: Any, name: str) -> Any | None:
     """Return the version that the alias points to, or None if the model or the alias does not exist.
 
-    Raises ValueError if the registry cannot tell.
+    Raises ValueError if the registry does not answer.
     """
     registered = _registered_model(client, name)
     if registered is None or ALIAS not in registered.aliases:
@@ -101,12 +101,24 @@ def champion(client: Any, name: str) -> Any | None:
     return _ask(lambda: client.get_model_version(name, registered.aliases[ALIAS]))
 
 
-def download_model(version: Any, folder: Path) -> Path:
-    """Fetch the DiffusionModel directory of a version into ``folder``; returns its path."""
-    import mlflow
+def download_model(source: str, folder: Path) -> Path:
+    """Fetch the DiffusionModel directory of ``source`` into ``folder``; return its path.
 
-    root = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}", dst_path=str(folder)))
-    return next(path.parent for path in sorted(root.rglob("model.json")))
+    ``source``: models:/name/version or models:/name@alias. Raises ValueError if the registry does not have it, or it holds no
+    diffusion model.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        root = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder)))
+    except MlflowException as error:
+        registry = without_credentials(mlflow.get_registry_uri())
+        raise ValueError(f"{source}: {' '.join(str(error).split())}; the registry is {registry}") from None
+    found = sorted(root.rglob("model.json"))
+    if not found:
+        raise ValueError(f"{source} holds no diffusion model")
+    return found[0].parent
 
 
 def _registered_model(client: Any, name: str) -> Any | None:

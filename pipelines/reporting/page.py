@@ -19,7 +19,7 @@ Row = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Results:
-    """What the page shows: the files of the stages as they were read. Tables are rows of strings, pictures are PNG files.
+    """Content of the page: the files of the stages as they were read. Tables are rows of strings, pictures are PNG files.
 
     ``samples`` holds (eta, steps, picture) per setting; ``trajectory`` the pictures ``x`` and ``x0``; ``chosen`` is best.yaml.
     """

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -8,20 +12,90 @@ import torch
 
 from diffusion_core.artifact import DiffusionModel
 from diffusion_core.generation import SamplerSettings, generate_images
+from diffusion_core.metrics.extractors import ImageClassifier
 from diffusion_core.metrics.frechet import frechet_distance
 from diffusion_core.metrics.statistics import GaussianStatistics
 from diffusion_core.networks import build_network
 from diffusion_core.schedules import make_schedule
+from diffusion_core.storage import file_sha256, read_json, write_json
+from pipelines import evaluate as stage
+from pipelines.data.shards import SPLITS, open_split, write_manifest, write_shards
 from pipelines.evaluation.figures import floor_label
 from pipelines.evaluation.samples import PICTURE_FIRST, picture_unit
 from pipelines.evaluation.sweep import Row, is_suspicious, make_row, pareto_front, sweep_settings
 from pipelines.evaluation.trajectory import trajectory_unit
-from pipelines.identity import MACHINERY, import_closure
+from pipelines.identity import MACHINERY, closure_digest, import_closure
+from pipelines.measurement.class_network import save_class_network
 from pipelines.measurement.floor import Floor
 from pipelines.measurement.measure import Measurement
-from pipelines.measurement.units import Unit, Work
+from pipelines.measurement.reference_writer import write_reference
+from pipelines.measurement.units import Unit, Work, load_result, measure_unit, merge_units, save_result
+from pipelines.params import EvaluateRun, RunSettings
+from pipelines.params.schema import Evaluate
+from pipelines.resources import Node, TaskPlan, plan_units
+from pipelines.stage import DATA, EVALUATION, MODEL, REFERENCE
+from pipelines.tables import read_csv
 
 CPU = torch.device("cpu")
+
+
+def write_inputs(class_names: tuple[str, ...]) -> None:
+    """Write a data set of 8x8 noise and its reference into the current folder."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % len(class_names)
+    chunks = [(rng.integers(0, 256, (120, 8, 8, 1), dtype=np.uint8), labels)]
+    DATA.mkdir(parents=True)
+    manifest = write_manifest(
+        DATA,
+        shape=[8, 8, 1],
+        class_names=list(class_names),
+        transform={"image_size": 8},
+        shards={split: write_shards(DATA, split, chunks, 200) for split in SPLITS},
+        counts=dict.fromkeys(SPLITS, 120),
+        class_counts=dict.fromkeys(SPLITS, np.bincount(labels).tolist()),
+        skipped=[],
+    )
+    REFERENCE.mkdir()
+    write_reference(
+        REFERENCE,
+        manifest,
+        {split: open_split(DATA, split) for split in SPLITS},
+        extractor_name="classifier",
+        inception=None,
+        steps=4,
+        batch_size=16,
+        seed=0,
+        device=CPU,
+        on_step=lambda step, loss: None,
+    )
+
+
+def measure_here(
+    parts: Sequence[Sequence[Unit]],
+    work: Work,
+    *,
+    state_dir: Path,
+    plan: TaskPlan,
+    others: Sequence[Unit] = (),
+    on_measurement: Callable[[int, Measurement], None] = lambda number, measurement: None,
+) -> list[Measurement]:
+    """Stand in for `measure_on_ray`: compute the units in this process."""
+    for unit in [*(unit for units in parts for unit in units), *others]:
+        if load_result(state_dir, unit) is None:
+            save_result(unit.compute(work, unit, CPU), state_dir, unit)
+    measurements = [merge_units(units, state_dir) for units in parts]
+    for number, measurement in enumerate(measurements):
+        on_measurement(number, measurement)
+    return measurements
+
+
+def without_ray(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    """Let a module measure in this process, as on a cluster of one node with two CPUs."""
+    patch.setattr(module, "ray_session", lambda settings: contextlib.nullcontext())
+    patch.setattr(module, "cluster_nodes", lambda: [Node(2.0)])
+    patch.setattr(module, "place", lambda plan: None)
+    patch.setattr(module, "check_shared", lambda folders: None)
+    patch.setattr(module, "measure_on_ray", measure_here)
 
 
 def row(fid: float, speed: float = 1.0, error: float | None = None) -> Row:
@@ -84,6 +158,10 @@ def test_figure_is_suspicious_below_the_floor_by_more_than_the_error() -> None:
 def test_label_of_the_floor_states_counts_and_extrapolation() -> None:
     assert floor_label(Floor(1.0, 0.3, 1000, 359, True)) == "floor: 1000 real images, extrapolated from 359"
     assert floor_label(Floor(1.0, 0.3, 100, 359, False)) == "floor: 100 of 359 real test images"
+    assert floor_label(Floor(1.0, 0.3, 300, 359, False)) == "floor: 300 real images, interpolated from 359"
+    assert floor_label(Floor(1.0, 0.3, 359, 359, False)) == "floor: FID of the 359 test images"
+    assert floor_label(Floor(1.0, None, 20, 20, False)) == "floor: FID of the 20 test images, error unknown"
+    assert floor_label(Floor(1.0, None, 900, 300, True)).endswith("extrapolated from 300, error unknown")
 
 
 def test_picture_has_one_column_per_class_and_the_same_noise_at_every_setting(work: Work) -> None:
@@ -123,3 +201,84 @@ def test_code_of_the_evaluation_holds_no_machinery() -> None:
     closure = import_closure([f"pipelines.evaluation.{name}" for name in ("sweep", "samples", "trajectory", "figures")])
     for module in closure:
         assert not any(module == name or module.startswith(f"{name}.") for name in MACHINERY), module
+
+
+class _Params:
+    """The params that dvc.yaml declares for evaluate."""
+
+    seed = 5
+    evaluate = Evaluate(
+        etas=[0.0, 1.0],
+        steps=[2, 3],
+        num_samples=40,
+        shard_size=16,
+        batch_size=8,
+        guidance_scale=1.0,
+        spacing="trailing",
+        picture_rows=2,
+        trajectory_images=2,
+    )
+
+
+@pytest.fixture
+def inputs(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data set, the reference and the model in the current folder, and units without Ray."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, "")  # MLflow sets both, and this restores them after the test
+    monkeypatch.chdir(tmp_path)
+    write_inputs(("a", "b", "c"))
+    shutil.copytree(work.model_dir, MODEL)
+    without_ray(stage, monkeypatch)
+
+
+def test_quality_names_all_that_a_figure_depends_on_and_a_forced_sweep(inputs: None) -> None:
+    stage.evaluate(_Params(), RunSettings())  # type: ignore[arg-type]
+    quality = read_json(EVALUATION / "quality.json")
+    assert (quality["seed"], quality["rows_per_call"], quality["device_type"]) == (5, 8, "cpu")
+    assert quality["measured_by"] == closure_digest(measure_unit)
+    assert quality["model_digest"] == file_sha256(MODEL / "model.safetensors")
+    assert quality["classifier_digest"] == file_sha256(REFERENCE / "classifier.safetensors")
+    assert quality["floor_label"] == "floor: 40 of 120 real test images"
+    assert quality["continued_across_changes"] == []
+    names = {row["setting"] for row in read_csv(EVALUATION / "sweep.csv")}
+    assert {path.stem for path in (EVALUATION / "samples").iterdir()} == names
+    assert len(names) == 4
+
+    (identity,) = Path("runs/evaluate").glob("*/identity.json")
+    old = read_json(identity)
+    other = Path("runs/evaluate/0123456789abcdef")
+    identity.parent.rename(other)
+    write_json(other / "identity.json", {**old, "code": {**old["code"], "diffusion_core.samplers": "other"}})
+    finished = {path.name: path.stat().st_mtime_ns for path in other.glob("*.safetensors")}
+    stage.evaluate(_Params(), RunSettings(resume="force"))  # type: ignore[arg-type]
+    assert {path.name: path.stat().st_mtime_ns for path in other.glob("*.safetensors")} == finished
+    forced = read_json(EVALUATION / "quality.json")
+    assert forced["continued_across_changes"] == ["diffusion_core.samplers"]
+    assert forced["rows"] == quality["rows"]
+
+
+def test_another_class_network_measures_again(inputs: None) -> None:
+    stage.evaluate(_Params(), RunSettings())  # type: ignore[arg-type]
+    save_class_network(ImageClassifier(image_size=8, image_channels=1, num_classes=3), REFERENCE)
+    stage.evaluate(_Params(), RunSettings())  # type: ignore[arg-type]
+    assert len(list(Path("runs/evaluate").glob("*/identity.json"))) == 2
+
+
+def test_plan_counts_the_units_that_are_computed(inputs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[int] = []
+
+    def plan(run: EvaluateRun, *, num_units: int, nodes: Sequence[Node]) -> TaskPlan:
+        planned.append(num_units)
+        return plan_units(run, num_units=num_units, nodes=nodes)
+
+    monkeypatch.setattr(stage, "plan_units", plan)
+    stage.evaluate(_Params(), RunSettings())  # type: ignore[arg-type]
+    assert planned == [len(list(Path("runs/evaluate").glob("*/*.safetensors")))]
+
+
+def test_model_of_other_classes_is_refused(inputs: None) -> None:
+    shutil.rmtree(DATA)
+    shutil.rmtree(REFERENCE)
+    write_inputs(("a", "b", "d"))
+    with pytest.raises(ValueError, match="other classes, image sizes or channels"):
+        stage.evaluate(_Params(), RunSettings())  # type: ignore[arg-type]

@@ -26,7 +26,10 @@ from diffusion_core.metrics.statistics import GaussianStatistics, merge_statisti
 from diffusion_core.networks import build_network
 from diffusion_core.schedules import make_schedule
 from diffusion_core.storage import read_json, write_json
+from pipelines import reference as reference_stage
+from pipelines.data.shards import read_manifest, write_manifest, write_shards
 from pipelines.identity import MACHINERY, import_closure
+from pipelines.measurement import reference_writer
 from pipelines.measurement.class_network import accuracy, save_class_network, split_features, train_classifier
 from pipelines.measurement.floor import balanced_halves, floor_at
 from pipelines.measurement.labels import sample_labels
@@ -41,13 +44,18 @@ from pipelines.measurement.measure import (
 from pipelines.measurement.reference import (
     Reference,
     load_reference,
+    load_reference_on,
     load_statistics,
     load_test_features,
     save_statistics,
     save_test_features,
 )
 from pipelines.measurement.units import Unit, Work, load_result, measure_unit, merge_units, sample_units, save_result
+from pipelines.measurement.work import measurement_work, model_fits
+from pipelines.params import RunSettings
+from pipelines.params.schema import Reference as ReferenceParams
 from pipelines.resources import TaskPlan
+from pipelines.stage import DATA, METRICS, PLOTS, REFERENCE
 
 CPU = torch.device("cpu")
 
@@ -298,6 +306,8 @@ def test_damaged_unit_does_not_count_as_finished(work: Work, tmp_path: Path) -> 
 
 
 def test_code_of_a_unit_holds_no_machinery_and_nothing_unrelated() -> None:
+    for modules in (["pipelines.measurement.reference_writer"], ["pipelines.measurement.work"]):
+        assert not set(import_closure(modules)) & set(MACHINERY)
     closure = import_closure(["pipelines.measurement.units"])
     unrelated = ("diffusion_core.editing", "diffusion_core.metrics.kid", "pipelines.data.shards", "pipelines.training")
     for module in closure:
@@ -333,7 +343,7 @@ def fail(work: Work, unit: Unit, device: torch.device) -> dict[str, np.ndarray]:
     raise ValueError("a unit's own error")
 
 
-PLAN = TaskPlan(max_concurrent=2, cpus=1.0, gpus=0.0, max_retries=1, reason="")
+PLAN = TaskPlan(max_concurrent=2, cpus=1.0, gpus=0.0, max_retries=1, reason="", request="", remedy="")
 
 
 def test_unit_of_a_dead_worker_is_computed_again_with_the_reason(
@@ -358,7 +368,7 @@ def test_unit_of_a_dead_worker_is_computed_again_with_the_reason(
     with caplog.at_level(logging.INFO, "rediffuse"):
         run_units(units, here, state_dir=tmp_path / "state", plan=PLAN, on_result=again.append)
     assert again == units
-    assert "2 of 2 units are finished already" in caplog.text
+    assert "resuming: 2 of 2 units are finished" in caplog.text
 
 
 def test_unit_whose_worker_keeps_dying_ends_the_run(ray_of_two: None, tmp_path: Path) -> None:
@@ -388,8 +398,9 @@ def test_measurement_on_ray_equals_the_one_in_this_process_and_is_extended_by_mo
 
     settings = [SamplerSettings(steps=2), SamplerSettings(steps=3, eta=1.0)]
     seen: list[int] = []
+    parts = [units_of(setting, 48, 16) for setting in settings]
     found = measure_on_ray(
-        settings, 48, 16, work, state_dir=tmp_path, plan=PLAN, on_measurement=lambda number, _: seen.append(number)
+        parts, work, state_dir=tmp_path, plan=PLAN, on_measurement=lambda number, _: seen.append(number)
     )
     assert sorted(seen) == [0, 1]
     for one, setting in zip(found, settings, strict=True):
@@ -397,7 +408,8 @@ def test_measurement_on_ray_equals_the_one_in_this_process_and_is_extended_by_mo
         assert (one.num_samples, one.agreeing, one.network_calls) == (48, here.agreeing, here.network_calls)
         assert np.allclose(one.statistics.mean, here.statistics.mean, rtol=1e-6, atol=1e-9)
     made = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    more = measure_on_ray([*settings, SamplerSettings(steps=4)], 64, 16, work, state_dir=tmp_path, plan=PLAN)
+    parts = [units_of(setting, 64, 16) for setting in (*settings, SamplerSettings(steps=4))]
+    more = measure_on_ray(parts, work, state_dir=tmp_path, plan=PLAN)
     assert [measurement.num_samples for measurement in more] == [64, 64, 64]
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert {name: after[name] for name in made} == made
@@ -466,8 +478,18 @@ def test_error_of_a_floor_is_unknown_with_too_few_images() -> None:
     for images in (2, 20, 100):
         floor = floor_at(rng.normal(size=(images, 64)), np.zeros(images, dtype=np.int64), train, 1000, 0)
         assert floor.error is None
-        assert floor.extrapolated
+        assert floor.extrapolated == (images == 100)
         assert floor.value >= 0.0
+
+
+def test_floor_of_too_few_images_for_groups_is_the_fid_of_them_and_says_so() -> None:
+    """The defect: the FID of 20 images was called an extrapolation to 1,000."""
+    rng = np.random.default_rng(0)
+    train = GaussianStatistics.from_features(rng.normal(size=(500, 8)))
+    features = rng.normal(size=(20, 8))
+    floor = floor_at(features, np.arange(20) % 2, train, 1000, 0)
+    assert (floor.num_samples, floor.num_images, floor.extrapolated, floor.error) == (20, 20, False, None)
+    assert floor.value == frechet_distance(GaussianStatistics.from_features(features), train)
 
 
 def test_floor_of_the_digits_is_near_the_distance_of_held_out_digits() -> None:
@@ -486,6 +508,136 @@ def test_floor_of_the_digits_is_near_the_distance_of_held_out_digits() -> None:
 
 
 # the reference
+
+
+class _Params:
+    """The params that dvc.yaml declares for reference."""
+
+    seed = 3
+    reference = ReferenceParams(extractor="classifier", classifier_steps=20, classifier_batch_size=16)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prepared data set of stripes in the current folder."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, "")  # MLflow sets both, and this restores them after the test
+    monkeypatch.chdir(tmp_path)
+    DATA.mkdir(parents=True)
+    shards, class_counts = {}, {}
+    for seed, (split, count) in enumerate({"train": 160, "test": 80}.items()):
+        images = Stripes(count, seed)
+        shards[split] = write_shards(DATA, split, [(images.images.transpose(0, 2, 3, 1), images.labels)], 100)
+        class_counts[split] = np.bincount(images.labels).tolist()
+    write_manifest(
+        DATA,
+        shape=[8, 8, 1],
+        class_names=["h", "v"],
+        transform={"image_size": 8},
+        shards=shards,
+        counts={"train": 160, "test": 80},
+        class_counts=class_counts,
+        skipped=[],
+    )
+
+
+def outputs() -> dict[str, bytes]:
+    paths = [*REFERENCE.iterdir(), METRICS / "reference.json", PLOTS / "reference_classifier.csv"]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def test_reference_is_computed_once_and_copied_back_unless_it_is_damaged(
+    prepared: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DVC deletes the outputs and runs the stage again for a changed comment. On a GPU a second class network would differ."""
+    computed = 0
+
+    def train_differently(*arguments: object, **options: object) -> ImageClassifier:
+        nonlocal computed
+        computed += 1
+        return train_classifier(*arguments, **{**options, "seed": computed})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reference_writer, "train_classifier", train_differently)
+    caplog.set_level(logging.INFO, "rediffuse")
+
+    def run() -> dict[str, bytes]:
+        for folder in (REFERENCE, METRICS, PLOTS):
+            shutil.rmtree(folder, ignore_errors=True)
+        caplog.clear()
+        reference_stage.reference(_Params(), RunSettings())  # type: ignore[arg-type]
+        load_reference(REFERENCE, read_manifest(DATA).content_hash)
+        assert "class network trained on cpu" in caplog.text
+        return outputs()
+
+    first = run()
+    assert "finished state found" not in caplog.text
+    assert run() == first
+    assert "finished state found" in caplog.text
+    monkeypatch.setattr(reference_stage, "driver_device", lambda device: torch.device("cuda"))
+    assert run() == first, "the device type is not part of the key"
+    monkeypatch.undo()
+    assert computed == 1
+
+
+def test_damaged_or_other_state_of_the_reference_is_computed_again(
+    prepared: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "rediffuse")
+    reference_stage.reference(_Params(), RunSettings())  # type: ignore[arg-type]
+    first = outputs()
+    (kept,) = Path("runs/reference").glob("*/finished/reference/classifier.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-1] + b"x")
+    reference_stage.reference(_Params(), RunSettings())  # type: ignore[arg-type]
+    assert "is damaged in classifier.safetensors: computing it again" in caplog.text
+    assert outputs() == first, "deterministic on a CPU"
+    caplog.clear()
+
+    class Other(_Params):
+        seed = 4
+
+    reference_stage.reference(Other(), RunSettings())  # type: ignore[arg-type]
+    assert "finished state found" not in caplog.text
+    assert outputs()["classifier.safetensors"] != first["classifier.safetensors"]
+
+
+def test_reference_continued_by_force_names_the_changed_modules(prepared: None) -> None:
+    reference_stage.reference(_Params(), RunSettings())  # type: ignore[arg-type]
+    assert "continued_across_changes" not in read_json(REFERENCE / "reference.json")
+    (identity,) = Path("runs/reference").glob("*/identity.json")
+    old = read_json(identity)
+    changed = {**old, "code": {**old["code"], "pipelines.measurement.class_network": "other"}}
+    other = Path("runs/reference/0123456789abcdef")
+    identity.parent.rename(other)
+    write_json(other / "identity.json", changed)
+    reference_stage.reference(_Params(), RunSettings(resume="force"))  # type: ignore[arg-type]
+    description = read_json(REFERENCE / "reference.json")
+    assert description["continued_across_changes"] == ["pipelines.measurement.class_network"]
+
+
+def test_work_of_a_model_is_identified_by_every_file_that_decides_a_unit(
+    work: Work, reference: Reference, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(work.reference_dir, tmp_path / "reference")
+    options = {"seed": 5, "rows_per_call": 8, "device_type": "cpu"}
+    made, settings, inputs = measurement_work(Path(work.model_dir), folder, reference, **options)  # type: ignore[arg-type]
+    assert settings == options
+    assert (made.model_dir, made.reference_dir, made.data_hash) == (work.model_dir, str(folder), "d")
+    assert inputs["model"] == made.model_digest
+    save_class_network(ImageClassifier(image_size=8, image_channels=1, num_classes=2), folder)
+    _, _, other = measurement_work(Path(work.model_dir), folder, reference, **options)  # type: ignore[arg-type]
+    assert {name for name in inputs if inputs[name] != other[name]} == {"classifier"}
+
+
+def test_model_fits_data_of_its_classes_size_and_channels(model: DiffusionModel, prepared: None) -> None:
+    manifest = read_manifest(DATA)
+    assert model_fits(model, manifest)
+    for other in ({"class_names": ("h", "w")}, {"shape": (16, 16, 1)}, {"shape": (8, 8, 3)}):
+        assert not model_fits(model, dataclasses.replace(manifest, **other))  # type: ignore[arg-type]
+
+
+def test_reference_on_a_device_is_loaded_once_per_process(work: Work) -> None:
+    first = load_reference_on(work.reference_dir, work.data_hash, CPU)
+    assert load_reference_on(work.reference_dir, work.data_hash, CPU) is first
 
 
 def test_statistics_and_features_survive_their_files_bit_for_bit(tmp_path: Path) -> None:
@@ -518,7 +670,9 @@ def test_reference_that_does_not_fit_is_refused_with_the_remedy(work: Work, tmp_
     def damaged(name: str) -> Path:
         return shutil.copytree(work.reference_dir, tmp_path / name)
 
-    with pytest.raises(ValueError, match=r"made of data d, not of e: run the reference stage again"):
+    with pytest.raises(
+        ValueError, match=r"belongs to other data: made of data d, not of e: run the reference stage again"
+    ):
         load_reference(Path(work.reference_dir), "e")
     other = ImageClassifier(image_size=8, image_channels=1, num_classes=2)
     folder = damaged("other")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -15,15 +16,20 @@ from diffusion_core.artifact import DiffusionModel
 from diffusion_core.generation import SamplerSettings, generate_images
 from diffusion_core.networks import build_network
 from diffusion_core.schedules import make_schedule
-from diffusion_core.storage import read_json, write_json
+from diffusion_core.storage import file_sha256, read_json, write_json
 from pipelines import register as stage
-from pipelines.identity import import_closure
+from pipelines.identity import closure_digest, import_closure
+from pipelines.measurement.measure import Measurement, distance_with_error
+from pipelines.measurement.measure import measure as measure_model
+from pipelines.measurement.reference import load_reference
+from pipelines.measurement.units import Work, measure_unit
 from pipelines.params import Register, RunSettings
 from pipelines.register import candidate_measurement, check_weights, register
-from pipelines.registry import registration
-from pipelines.registry.gate import COMPARED, judge
-from pipelines.registry.registration import ALIAS, champion, code_digest, find_version
-from pipelines.stage import MODEL, REGISTRATION
+from pipelines.registry import champion_measurement, registration
+from pipelines.registry.gate import COMPARED, RECORDED, judge
+from pipelines.registry.registration import ALIAS, champion, code_digest, download_model, find_version
+from pipelines.stage import MODEL, REFERENCE, REGISTRATION
+from tests.pipelines.test_evaluation import measure_here, without_ray, write_inputs
 
 MEASURED: dict[str, Any] = dict.fromkeys(COMPARED, "same") | {"num_samples": 100, "eta": 0.0, "steps": 50, "fid": 2.0}
 
@@ -64,7 +70,9 @@ def small_model(seed: int = 0) -> DiffusionModel:
 def quality_of(digest: str, fid: float) -> dict[str, Any]:
     row = {"eta": 0.0, "steps": 50, "fid": fid, "fid_error": 0.1, "class_agreement": 0.9}
     identity = {"data_hash": "d", "metric": "fid_classifier", "extractor_digest": "e", "num_samples": 100}
-    return {**identity, "spacing": "trailing", "guidance_scale": 1.0, "seed": 0, "model_digest": digest, "rows": [row]}
+    sampler = {"spacing": "trailing", "guidance_scale": 1.0, "seed": 0}
+    made = {"measured_by": "code", "rows_per_call": 128, "device_type": "cpu", "classifier_digest": "c"}
+    return {**identity, **sampler, **made, "model_digest": digest, "rows": [row]}
 
 
 def test_first_model_becomes_champion() -> None:
@@ -174,13 +182,16 @@ def test_gate_takes_the_row_of_its_setting() -> None:
     quality["rows"] = [{**quality["rows"][0], "steps": 10, "fid": 3.0}, *quality["rows"]]
     measured = candidate_measurement(quality, Register(model_name="m", eta=0.0, steps=50))
     assert (measured["fid"], measured["fid_error"], measured["steps"]) == (1.0, 0.1, 50)
-    assert set(measured) == {*COMPARED, "fid", "fid_error", "class_agreement"}
+    assert set(measured) == {*COMPARED, *RECORDED, "fid", "fid_error", "class_agreement"}
     with pytest.raises(ValueError, match=r"no row of eta 1.0 and 50 steps"):
         candidate_measurement(quality, Register(model_name="m", eta=1.0, steps=50))
+    del quality["measured_by"]
+    with pytest.raises(ValueError, match=r"lacks measured_by: measure again"):
+        candidate_measurement(quality, Register(model_name="m", eta=0.0, steps=50))
 
 
 class _Params:
-    """What dvc.yaml declares for register."""
+    """The params that dvc.yaml declares for register."""
 
     register_ = Register(model_name="model", eta=0.0, steps=50)
 
@@ -217,3 +228,80 @@ def test_stage_registers_once_per_weights_and_code_and_the_gate_moves_the_alias(
     small_model(2).save(MODEL)  # as after `dvc repro -s train` and `-s register`
     with pytest.raises(ValueError, match="dvc repro evaluate"):
         register(_Params(), RunSettings())  # type: ignore[arg-type]
+
+
+def test_champion_of_another_seed_or_measuring_code_is_measured_again(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "rediffuse")
+    asked: list[dict[str, Any]] = []
+
+    def measured_again(version: Any, candidate: dict[str, Any], run: RunSettings) -> dict[str, Any]:
+        asked.append(candidate)
+        return {**candidate, "fid": 0.5}
+
+    monkeypatch.setattr(stage, "measure_champion", measured_again)
+    for seed, changes in enumerate(({}, {"seed": 7}, {"measured_by": "other code"})):
+        digest = small_model(seed).save(MODEL)
+        write_json(stage.QUALITY, {**quality_of(digest, 1.0), **changes})
+        register(_Params(), RunSettings())  # type: ignore[arg-type]
+        if changes:
+            assert f"measured with another {next(iter(changes))}" in caplog.text
+            assert not read_json(REGISTRATION)["promoted"], "0.5 is better than 1.0"
+    assert [candidate["seed"] for candidate in asked] == [7, 0]
+
+
+@pytest.mark.parametrize(("device_type", "rows"), [("cpu", 8), ("cuda", 128)])
+def test_champion_is_measured_as_the_candidate_was(
+    here: Path, monkeypatch: pytest.MonkeyPatch, device_type: str, rows: int
+) -> None:
+    """The defect: with evaluate.batch_size 8, the champion was measured with 128 rows per call."""
+    write_inputs(("cat", "dog", "7"))
+    works: list[Work] = []
+
+    def measure(parts: Any, work: Work, **options: Any) -> list[Measurement]:
+        works.append(work)
+        return measure_here(parts, work, **options)
+
+    without_ray(champion_measurement, monkeypatch)
+    monkeypatch.setattr(champion_measurement, "measure_on_ray", measure)
+    monkeypatch.setattr(champion_measurement, "download_model", lambda source, folder: here / "champion")
+    small_model(3).save(here / "champion")
+    candidate = {
+        **MEASURED, "num_samples": 24, "steps": 2, "seed": 9, "guidance_scale": 1.0, "spacing": "trailing",
+        "rows_per_call": 8, "device_type": device_type, "classifier_digest": "other", "fid_error": 0.1, "class_agreement": 0.9,
+    }  # fmt: skip
+    version = SimpleNamespace(name="m", version="1")
+    found = champion_measurement.measure_champion(version, candidate, RunSettings())
+    assert found is not None
+    assert set(found) == set(candidate)
+    assert (works[0].seed, works[0].rows_per_call) == (9, rows)
+    assert (found["rows_per_call"], found["device_type"], found["seed"]) == (rows, "cpu", 9)
+    assert found["measured_by"] == closure_digest(measure_unit)
+    reference = load_reference(REFERENCE, works[0].data_hash)
+    settings = SamplerSettings(2, 0.0)
+    expected = measure_model(
+        small_model(3), reference, torch.arange(24), settings, seed=9, rows_per_call=rows, num_groups=8
+    )
+    assert found["fid"] == pytest.approx(distance_with_error(expected, reference.statistics["train"])[0], rel=1e-6)
+    (folder,) = Path("runs/register").iterdir()
+    assert read_json(folder / "identity.json")["inputs"]["classifier"] == file_sha256(
+        REFERENCE / "classifier.safetensors"
+    )
+
+
+def test_champion_of_other_classes_cannot_be_measured(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_inputs(("cat", "dog", "8"))
+    without_ray(champion_measurement, monkeypatch)
+    monkeypatch.setattr(champion_measurement, "download_model", lambda source, folder: here / "champion")
+    small_model().save(here / "champion")
+    version = SimpleNamespace(name="m", version="1")
+    assert champion_measurement.measure_champion(version, MEASURED, RunSettings()) is None
+
+
+def test_version_without_a_diffusion_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", lambda source, dst_path: dst_path)
+    with pytest.raises(ValueError, match="models:/other/1 holds no diffusion model"):
+        download_model("models:/other/1", tmp_path)
+    small_model().save(tmp_path / "artifacts" / "model")
+    assert download_model("models:/other/1", tmp_path) == tmp_path / "artifacts" / "model"

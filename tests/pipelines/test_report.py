@@ -31,7 +31,7 @@ METRIC = "fid_classifier"
 
 @dataclass(frozen=True)
 class Split:
-    """What the page reads of the manifest."""
+    """The part of the manifest that the page reads."""
 
     class_names: tuple[str, ...] = NAMES
     shape: tuple[int, int, int] = (8, 8, 1)
@@ -42,7 +42,14 @@ class Split:
 
 
 def cell(eta: str, steps: int, fid: float, error: str = "0.020000", **more: str) -> dict[str, str]:
-    row = {"eta": eta, "steps": str(steps), "num_samples": "1000", METRIC: f"{fid:.6f}", f"{METRIC}_error": error}
+    row = {
+        "setting": f"eta-{eta}-steps-{steps}",
+        "eta": eta,
+        "steps": str(steps),
+        "num_samples": "1000",
+        METRIC: f"{fid:.6f}",
+        f"{METRIC}_error": error,
+    }
     floor = {"floor": "0.300000", "floor_error": "0.030000", "floor_extrapolated": "false", "suspicious": "false"}
     return {**row, "class_agreement": "0.97", "images_per_s": "100.0", "pareto": "true", **floor, **more}
 
@@ -87,7 +94,14 @@ def results() -> Results:
             },
         },
         parameters=398449,
-        quality={"metric": METRIC, "num_samples": 1000, "guidance_scale": 1.0, "spacing": "trailing"},
+        quality={
+            "metric": METRIC,
+            "num_samples": 1000,
+            "guidance_scale": 1.0,
+            "spacing": "trailing",
+            "floor_label": "floor: 1000 real images, extrapolated from 359",
+            "continued_across_changes": [],
+        },
         sweep=[cell("0.0", 5, 0.5), cell("0.0", 10, 0.35), cell("sigma_hat", 5, 0.9), cell("sigma_hat", 10, 0.4)],
         heat_map=pixel(),
         pareto=pixel(),
@@ -148,13 +162,20 @@ def test_class_names_with_quotes_commas_line_breaks_and_markup_survive(results: 
     assert "i" not in page.tags, "markup in a name or the title stays text"
 
 
-def test_floor_shows_its_count_its_error_and_that_it_is_extrapolated(results: Results) -> None:
-    assert "floor: fid_classifier of real test images 0.300 ± 0.030 at 1000 images agree" in text_of(
-        render("t", results)
+def test_floor_shows_its_label_and_its_error(results: Results) -> None:
+    text = text_of(render("t", results))
+    assert (
+        "fid_classifier of real test images 0.300 ± 0.030 floor: 1000 real images, extrapolated from 359 agree" in text
     )
-    rows = [{**row, "floor_extrapolated": "true", "floor_error": ""} for row in results.sweep]
-    text = text_of(render("t", replace(results, sweep=rows)))
-    assert "real test images 0.300 at 1000 images, extrapolated from 359 agree" in text
+    rows = [{**row, "floor_error": ""} for row in results.sweep]
+    assert "real test images 0.300 floor: 1000 real" in text_of(render("t", replace(results, sweep=rows)))
+
+
+def test_sweep_continued_by_force_names_the_changed_modules(results: Results) -> None:
+    assert "sweep continued" not in text_of(render("t", results))
+    forced = {**results.quality, "continued_across_changes": ["diffusion_core.samplers", "diffusion_core.grids"]}
+    text = text_of(render("t", replace(results, quality=forced)))
+    assert "sweep continued across changes of diffusion_core.samplers, diffusion_core.grids" in text
 
 
 def test_figures_carry_their_errors_and_suspicious_ones_a_mark(results: Results) -> None:
@@ -210,7 +231,7 @@ def test_report_neither_samples_nor_loads_a_model() -> None:
 
 
 class _Params:
-    """What dvc.yaml declares for report."""
+    """The params that dvc.yaml declares for report."""
 
     report = Report(title='Digits & "more"')
 

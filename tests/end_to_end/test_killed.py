@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -37,10 +38,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]
 
 @pytest.fixture
 def ready(uninterrupted: Project, tmp_path: Path) -> Iterator[Project]:
-    """The same project just before its training."""
-    made = make_project(tmp_path / "project", run=LONGER_RUN, tune__enabled=False, **LONGER)
-    for stage in ("prepare", "reference", "tune"):
-        made.stage(stage)
+    """A copy of the same project without its training and with an MLflow store of its own."""
+    copy = tmp_path / "project"
+    shutil.copytree(uninterrupted.folder, copy, symlinks=True)
+    for name in ("artifacts/model", "runs/train", "mlartifacts"):
+        shutil.rmtree(copy / name)
+    (copy / "mlflow.db").unlink()
+    made = Project(copy)
     yield made
     kill_everything(made)
 

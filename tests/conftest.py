@@ -16,6 +16,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from pipelines.stage import quiet_environment
+
+quiet_environment()  # `uv run pytest` makes Ray start each worker with `uv run` otherwise
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 COPIED = ("pipelines", "diffusion_core", "dvc.yaml", "params.yaml", "run.yaml", "run", "preset", "budget", ".dvcignore")

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from pipelines.stage import quiet_environment
 
 quiet_environment()  # `uv run pytest` makes Ray start each worker with `uv run` otherwise
+if "PYTEST_XDIST_WORKER" in os.environ:  # two files at a time: threads of both would wait for the same two cores
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -26,6 +29,11 @@ COPIED = ("pipelines", "diffusion_core", "dvc.yaml", "params.yaml", "run.yaml", 
 PARAMS_READ = "runs/params_read.txt"
 SMOKE_RUN = {"train": {"log_every": 2, "checkpoint_every": 12, "sample_every": 24}}
 """run.yaml of test projects: few checkpoints, because each report to Ray Train takes half a second."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest file first: the other processes take the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
 
 
 def merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:

@@ -74,17 +74,20 @@ def stage_process(started: psutil.Process, name: str) -> psutil.Process | None:
 
 
 def train_workers(project: Project) -> list[psutil.Process]:
+    return running(project, "RayTrainWorker")
+
+
+def running(project: Project, what: str) -> list[psutil.Process]:
+    """The project's processes whose command line holds ``what``. Another test may run beside this one."""
     found = []
-    for pid in processes_of(project) or []:
+    for pid in processes_of(project):
         try:
             process = psutil.Process(pid)
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if what in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
             continue
-    if found:
-        return found
-    return [p for p in psutil.process_iter(["cmdline"]) if "ray::RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    return found
 
 
 def runs_of(project: Project, stage: str) -> list:
@@ -194,7 +197,7 @@ def test_killed_sweep_does_not_repeat_finished_units(copied_project: Project, vi
     if victim == "driver":
         stage_process(psutil.Process(started.pid), "evaluate").kill()
     elif victim == "worker":
-        workers = [p for p in psutil.process_iter(["cmdline"]) if "ray::_compute" in " ".join(p.info["cmdline"] or [])]
+        workers = running(project, "ray::_compute")
         assert workers, "a unit runs"
         workers[0].kill()
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import Project, kill_everything, make_project, processes_of, wait_until
+from tests.conftest import Project, kill_everything, make_project, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -73,16 +73,11 @@ def stage_process(started: psutil.Process, name: str) -> psutil.Process | None:
     return None
 
 
-def train_workers(project: Project) -> list[psutil.Process]:
-    return running(project, "RayTrainWorker")
-
-
-def running(project: Project, what: str) -> list[psutil.Process]:
-    """The project's processes whose command line holds ``what``. Another test may run beside this one."""
+def running(driver: int, what: str) -> list[psutil.Process]:
+    """The processes that a driver started, also through Ray, whose command line holds ``what``. Another test may run beside."""
     found = []
-    for pid in processes_of(project):
+    for process in psutil.Process(driver).children(recursive=True):
         try:
-            process = psutil.Process(pid)
             if what in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
@@ -106,7 +101,7 @@ def test_killed_training_ends_with_the_weights_of_an_uninterrupted_run(
     if victim == "driver":
         os.kill(started.pid, signal.SIGKILL)
     elif victim == "worker":
-        train_workers(ready)[0].kill()
+        running(started.pid, "ray::RayTrainWorker")[0].kill()
     else:
         kill_everything(ready)
     began = time.monotonic()
@@ -197,7 +192,7 @@ def test_killed_sweep_does_not_repeat_finished_units(copied_project: Project, vi
     if victim == "driver":
         stage_process(psutil.Process(started.pid), "evaluate").kill()
     elif victim == "worker":
-        workers = running(project, "ray::_compute")
+        workers = running(started.pid, "ray::_compute")
         assert workers, "a unit runs"
         workers[0].kill()
     else:

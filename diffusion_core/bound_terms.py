@@ -16,7 +16,12 @@ def bound_term(schedule: NoiseSchedule, x0: Tensor, x0_hat: Tensor, fraction: Te
     """Return each image's bound term at its step t, (B,) float64 bits/dim, over the full chain.
 
     x0, x0_hat: (B, ...) clean images and their estimates; fraction: (B, ...) as `Prediction.variance_fraction`; t: (B,) int64.
+    Raises ValueError if a shape differs or (if t is on a CPU) a step lies outside the schedule.
     """
+    if x0_hat.shape != x0.shape or fraction.shape != x0.shape:
+        raise ValueError(
+            f"x0_hat and fraction need the shape of x0, {tuple(x0.shape)}, got {tuple(x0_hat.shape)} and {tuple(fraction.shape)}"
+        )
     alpha_bar = per_image(schedule.gather(t), x0)
     alpha_bar_prev = per_image(schedule.gather(t - 1), x0)
     floor = 1.0 - schedule.alpha_bar(0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Number
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -20,3 +21,19 @@ def check_images(images: Any, name: str = "x0") -> None:
         raise ValueError(
             f"{name} must be a (B, ...) batch of floats, got {got}: convert 8-bit images with diffusion_core.images.to_float"
         )
+
+
+def check_condition(condition: Any, batch: int) -> None:
+    """Raise ValueError if a condition does not have one entry for each of ``batch`` images.
+
+    Checks tensors and arrays with a dimension, and lists and tuples of numbers or names. A network may take anything else, such
+    as a mapping; that is the network's to check.
+    """
+    if isinstance(condition, Tensor | np.ndarray):
+        count = len(condition) if condition.ndim else batch
+    elif isinstance(condition, list | tuple) and all(isinstance(entry, str | Number | np.bool_) for entry in condition):
+        count = len(condition)
+    else:
+        return
+    if count != batch:
+        raise ValueError(f"{count} conditions were given for {batch} images: give one per image")

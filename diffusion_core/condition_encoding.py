@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion_core.networks.conditioning import ConditionSpec
 
 
-def encode_classes(labels: Sequence[int | str], class_names: Sequence[str]) -> Tensor:
-    """Return (N,) int64 class indices for labels given as indices or class names.
+def encode_classes(labels: Sequence[int | float | str], class_names: Sequence[str]) -> Tensor:
+    """Return (N,) int64 class indices for labels, which are class names.
 
-    A label that equals a class name is that class, also if it is an integer.
-    Raises ValueError that names the first label outside the vocabulary.
+    A number is the name that it is written as: 3, 3.0 and "3" are the class named 3, not the class at index 3. For indices use
+    `encode_class_indices`. Raises ValueError that names the first unknown label and the nearest names, if a label is a bool or
+    missing, or if there are no class names.
     """
-    return torch.tensor([_index_of(label, class_names) for label in labels], dtype=torch.int64)
+    if not class_names:
+        raise ValueError("this model has no class names: give class indices instead of labels")
+    positions = _positions(class_names)
+    return torch.tensor([_position_of(label, positions) for label in labels], dtype=torch.int64)
+
+
+def encode_class_indices(indices: Sequence[int | float | str], size: int, what: str = "class index") -> Tensor:
+    """Return (N,) int64 for indices given as whole numbers, or as the text of one. ``what`` is their name in errors.
+
+    Raises ValueError that names the first one that is not a whole number from 0 to ``size - 1``; a bool is not one.
+    """
+    return torch.tensor([_checked_index(index, size, what) for index in indices], dtype=torch.int64)
 
 
 def encode_conditions(
@@ -28,34 +44,34 @@ def encode_conditions(
 ) -> Tensor:
     """Return a batch of conditions of the kind ``spec``; None becomes the null condition.
 
-    class      an index or a class name
-    classes    {attribute: index or class name}, with the null for a missing attribute. Without names: a list of indices
-    multi_hot  a list of attribute names or indices, or {attribute: weight from 0 to 1} to mix
+    class      a class name
+    classes    {attribute: class name}, with the null for a missing attribute, or a list with one class per attribute
+    multi_hot  a list of attribute names, or {attribute: weight from 0 to 1} to mix
     vector     a sequence of ``size`` numbers
     tokens     up to ``length`` rows of ``size`` numbers
 
     ``class_names`` name the classes of kind class or the attributes of kind multi_hot; ``attributes`` name those of kind
-    classes and their classes. Without names, only indices are known. Raises ValueError that names the first wrong condition.
+    classes and their classes. With names, a number is the name that it is written as (see `encode_classes`). Without names,
+    indices take their place. Raises ValueError that names the first wrong condition.
     """
     if spec.kind == "none":
         raise ValueError("this network takes no condition: it was built without one")
     batch = spec.null(len(conditions))
-    names = class_names or [str(index) for index in range(spec.size)]
-    columns = attributes or {str(i): [str(n) for n in range(size)] for i, size in enumerate(spec.sizes)}
+    find = _finder(class_names, spec.size)
     for row, condition in enumerate(conditions):
         if condition is None:
             continue
         if spec.kind == "class":
-            batch[row] = _index_of(condition, names)
+            batch[row] = find(condition)
         elif spec.kind == "classes":
-            for column, index in _classes(condition, columns, row):
+            for column, index in _classes(condition, attributes or {}, spec.sizes, row):
                 batch[row, column] = index
         elif spec.kind == "multi_hot":
-            given = [condition] if isinstance(condition, str) else condition
+            given = [condition] if isinstance(condition, str | Real) else condition
             weights = given if isinstance(given, Mapping) else dict.fromkeys(given, 1.0)
             batch[row] = 0.0
             for name, weight in weights.items():
-                batch[row, _index_of(name, names)] = float(weight)
+                batch[row, find(name)] = float(weight)
         elif spec.kind == "vector":
             batch[row] = _numbers(condition, spec, row)
         else:
@@ -65,19 +81,23 @@ def encode_conditions(
     return batch
 
 
-def _classes(condition: Any, attributes: Mapping[str, Sequence[str]], row: int) -> list[tuple[int, int]]:
+def _classes(
+    condition: Any, attributes: Mapping[str, Sequence[str]], sizes: Sequence[int], row: int
+) -> list[tuple[int, int]]:
     """Return (column, class index) for each attribute that the condition names."""
     if not isinstance(condition, Mapping):
-        if isinstance(condition, str) or len(condition) != len(attributes):
+        if isinstance(condition, str | Real) or len(condition) != len(sizes):
             raise ValueError(
-                f"condition {row} is {condition!r}: give one class for each of {', '.join(attributes)}, or a mapping"
+                f"condition {row} is {condition!r}: give one class for each of "
+                f"{', '.join(attributes or map(str, range(len(sizes))))}, or a mapping"
             )
-        condition = dict(zip(attributes, condition, strict=True))
+        condition = dict(zip(attributes or range(len(sizes)), condition, strict=True))
+    find_column = _finder(list(attributes), len(sizes), "attribute")
     classes = list(attributes.values())
     found = []
     for attribute, label in condition.items():
-        column = _index_of(attribute, list(attributes), "attribute")
-        found.append((column, _index_of(label, classes[column])))
+        column = find_column(attribute)
+        found.append((column, _finder(classes[column] if classes else (), sizes[column])(label)))
     return found
 
 
@@ -94,21 +114,57 @@ def _numbers(condition: Any, spec: ConditionSpec, row: int) -> Tensor:
     return value
 
 
-def _index_of(label: Any, names: Sequence[str], what: str = "label") -> int:
-    """Return the position of a label given as an index or a name. Raises ValueError if the vocabulary does not have it."""
-    text = str(label).strip()
-    if text in names:
-        return list(names).index(text)
-    if _is_index(label) and 0 <= int(label) < len(names):
-        return int(label)
-    raise ValueError(
-        f"unknown {what} {label!r}: the model knows the indices 0 to {len(names) - 1}"
-        f" and the names {', '.join(list(names)[:12])}{', ...' if len(names) > 12 else ''}"
-    )
+def _finder(names: Sequence[str], size: int, what: str = "label") -> Callable[[Any], int]:
+    """Return the function from a name to its position, or from an index to itself if there are no names."""
+    if not names:
+        return lambda index: _checked_index(index, size)
+    positions = _positions(names)
+    return lambda label: _position_of(label, positions, what)
 
 
-def _is_index(label: Any) -> bool:
-    try:
-        return float(label) == int(label)
-    except (TypeError, ValueError, OverflowError):
-        return False
+def _positions(names: Sequence[str]) -> dict[str, int]:
+    return {name: position for position, name in enumerate(names)}
+
+
+def _position_of(label: Any, positions: Mapping[str, int], what: str = "label") -> int:
+    """Return the position of the name that ``label`` is written as. Raises ValueError if there is none."""
+    label = label.item() if isinstance(label, Tensor) and label.ndim == 0 else label
+    for text in _spellings(label, what):
+        if text in positions:
+            return positions[text]
+    hint = "" if isinstance(label, str) else "; a number is read as a name, indices are a separate input"
+    raise ValueError(f"unknown {what} {label!r}: {_known(str(label), list(positions))}{hint}")
+
+
+def _spellings(label: Any, what: str) -> list[str]:
+    """Return the names that a label may stand for, the likeliest first: 3.0 is also written 3, and " cat " is also cat."""
+    if isinstance(label, bool | np.bool_):
+        raise ValueError(f"the {what} {label} is a bool: give a name")
+    if label is None or (isinstance(label, Real) and label != label):
+        raise ValueError(f"a {what} is missing ({label}): give a name")
+    if not isinstance(label, str | Real):
+        raise ValueError(f"the {what} {label!r} is a {type(label).__name__}: give a name")
+    text = str(label)
+    return [text, text.strip(), re.sub(r"^(-?\d+)\.0+$", r"\1", text.strip())]
+
+
+def _known(text: str, names: list[str]) -> str:
+    """Return the part of an error that says which names are nearest to ``text``, and which ones there are."""
+    folded: dict[str, list[str]] = {}
+    for name in names:
+        folded.setdefault(name.casefold(), []).append(name)
+    near = difflib.get_close_matches(text.strip().casefold(), folded, n=5, cutoff=0.5)
+    nearest = f"the nearest are {', '.join(repr(name) for key in near for name in folded[key])}; " if near else ""
+    return f"{nearest}the {len(names)} names are {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+
+
+def _checked_index(index: Any, size: int, what: str = "class index") -> int:
+    """Return an index, given as a whole number or as its text. Raises ValueError if it is not from 0 to size - 1."""
+    number = index = index.item() if isinstance(index, Tensor) and index.ndim == 0 else index
+    if isinstance(index, str) and re.fullmatch(r"\s*\d+(\.0+)?\s*", index):
+        number = float(index)
+    whole = isinstance(number, Integral) or (isinstance(number, Real) and float(number).is_integer())
+    whole = whole and not isinstance(number, bool | np.bool_)
+    if not whole or not 0 <= number < size:
+        raise ValueError(f"unknown {what} {index!r}: it must be a whole number from 0 to {size - 1}")
+    return int(number)

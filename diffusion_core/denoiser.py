@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core import objectives
+from diffusion_core.checks import check_condition
 from diffusion_core.objectives import Network
 from diffusion_core.schedules import NoiseSchedule
 
@@ -90,12 +91,18 @@ class Denoiser:
         *,
         level: int | None = None,
     ) -> Prediction:
-        """Predict x0 and eps. x_t: (B, ...) float32; t: one step in [0, T) for the whole batch; condition: the network's.
+        """Predict x0 and eps. x_t: (B, ...) float32; t: one step in [0, T) for the whole batch; condition: as the network takes it.
 
         ``level``: the step in [-1, T) whose noise x_t really has, if that is not t. DDIM inversion calls the network at
         step t while the image is still one level below; at level -1 it is clean, and x0 is x_t itself.
-        Raises ValueError if the network's output is not a tensor of the right shape.
+        Raises ValueError if the condition does not have one entry per image, self_condition does not have the shape of x_t, or
+        the network's output is not a tensor of the right shape.
         """
+        check_condition(condition, x_t.shape[0])
+        if isinstance(self_condition, Tensor) and self_condition.shape != x_t.shape:
+            raise ValueError(
+                f"self_condition is an estimate of x0 for each image, {tuple(x_t.shape)}, got {tuple(self_condition.shape)}"
+            )
         steps = torch.full((x_t.shape[0],), t, dtype=torch.int64, device=x_t.device)
         raw = self.network(x_t, steps, condition, self_condition)
         output, variance = objectives.split_output(raw, x_t, self.learned_variance)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffusion_core.checks import check_images
+from diffusion_core.checks import check_condition, check_images
 from diffusion_core.denoiser import Denoiser
 from diffusion_core.grids import Grid, restrict_grid
 from diffusion_core.inversion import invert_ddim
@@ -50,6 +50,8 @@ def edit(
     closely at guidance scale 1. ``fixed_point_steps`` as in `invert_ddim`. The callback sees the sampling steps.
     x0: (B, ...) float32. Returns (B, ...). Raises ValueError as `restrict_grid` and `invert_ddim` do.
     """
+    check_images(x0)
+    check_condition(target_condition, x0.shape[0])
     part = restrict_grid(grid, highest=start)
     latent = invert_ddim(
         inversion_denoiser or denoiser,
@@ -124,8 +126,13 @@ def interpolate(
     """Interpolate images: invert both, `slerp` their latents, sample with DDIM, eta 0 (arXiv 2010.02502, section 5.3).
 
     first, second: (B, ...) float32 images under the same condition; ``start``: the grid level to invert up to. Returns
-    (len(fractions), B, ...); fraction 0 reconstructs the first and 1 the second.
+    (len(fractions), B, ...); fraction 0 reconstructs the first and 1 the second. Raises ValueError if there are no fractions,
+    the shapes differ, or as `invert_ddim` does.
     """
+    if not len(fractions):
+        raise ValueError("interpolation needs at least one fraction, such as 0.5")
+    if first.shape != second.shape:
+        raise ValueError(f"two images of one shape are needed, got {tuple(first.shape)} and {tuple(second.shape)}")
     part = restrict_grid(grid, highest=start)
     start_one, start_two = (
         invert_ddim(denoiser, image, part, condition=condition, fixed_point_steps=fixed_point_steps, progress=progress)

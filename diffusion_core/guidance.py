@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_core.checks import is_whole
-from diffusion_core.objectives import Network, per_image
+from diffusion_core.checks import check_condition, is_whole
+from diffusion_core.objectives import Network, check_is_tensor, per_image
 from diffusion_core.schedules import NoiseSchedule
 
 Interval = tuple[int, int]
@@ -31,7 +31,7 @@ class ClassifierFreeGuidance:
     ``interval``: guide only at these steps (arXiv 2404.07724); see `steps_between_sigmas`.
 
     Raises ValueError if the scale is not finite, rescale is outside [0, 1], the interval is empty, or a call does not get one
-    condition per image.
+    condition per image or an output of the images' shape from its network.
     """
 
     network: Network
@@ -51,14 +51,10 @@ class ClassifierFreeGuidance:
         if not isinstance(condition, Tensor) or condition.shape[:1] != x_t.shape[:1]:
             got = tuple(condition.shape) if isinstance(condition, Tensor) else type(condition).__name__
             raise ValueError(f"guidance needs a tensor with one condition for each of {x_t.shape[0]} images, got {got}")
-        if self.null_condition.shape[0] not in (1, x_t.shape[0]):
-            raise ValueError(
-                f"null_condition holds {self.null_condition.shape[0]} nulls for {x_t.shape[0]} images: give one, or one per image"
-            )
+        null = null_batch(self.null_condition, x_t)
         scale = _scale_at(t, self.scale, self.interval)
         if scale == 1.0:
             return self.network(x_t, t, condition, self_condition)
-        null = self.null_condition.to(x_t.device).expand(x_t.shape[0], *self.null_condition.shape[1:])
         if scale == 0.0:
             return self.network(x_t, t, null, self_condition)
         both = self.network(
@@ -67,6 +63,7 @@ class ClassifierFreeGuidance:
             torch.cat([condition, null.to(condition.dtype)]),
             None if self_condition is None else torch.cat([self_condition, self_condition]),
         )
+        _check_output(both, torch.Size([2 * x_t.shape[0], *x_t.shape[1:]]))
         conditional, unconditional = both.chunk(2)
         return extrapolate(conditional, unconditional, scale, self.rescale, x_t.shape[1])
 
@@ -76,7 +73,8 @@ class Autoguidance:
     """Guidance by a weaker network with the same condition: weak + scale (strong - weak) (arXiv 2406.02507, eq. 4).
 
     ``weak_network``: smaller or less trained, with the same objective and schedule. Scale 1 runs the strong network alone,
-    scale 0 the weak one. ``rescale``, ``interval`` and the errors of construction: as in `ClassifierFreeGuidance`.
+    scale 0 the weak one. ``rescale``, ``interval`` and the errors of construction: as in `ClassifierFreeGuidance`. A call raises
+    ValueError if the condition does not have one entry per image, or an output does not have the images' shape.
     """
 
     network: Network
@@ -89,6 +87,7 @@ class Autoguidance:
         _check_options(self.scale, self.rescale, self.interval)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any = None, self_condition: Tensor | None = None) -> Tensor:
+        check_condition(condition, x_t.shape[0])
         scale = _scale_at(t, self.scale, self.interval)
         if scale == 0.0:
             return self.weak_network(x_t, t, condition, self_condition)
@@ -96,7 +95,19 @@ class Autoguidance:
         if scale == 1.0:
             return strong
         weak = self.weak_network(x_t, t, condition, self_condition)
+        for output in (strong, weak):
+            _check_output(output, x_t.shape)
         return extrapolate(strong, weak, scale, self.rescale, x_t.shape[1])
+
+
+def null_batch(null_condition: Tensor, x_t: Tensor) -> Tensor:
+    """Return one null condition per image, on the images' device. Raises ValueError unless there is one null, or one per image."""
+    if null_condition.ndim < 1 or null_condition.shape[0] not in (1, x_t.shape[0]):
+        raise ValueError(
+            f"null_condition holds {null_condition.shape[0] if null_condition.ndim else 'no'} nulls for {x_t.shape[0]} images: "
+            "give a batch of one, or one per image"
+        )
+    return null_condition.to(x_t.device).expand(x_t.shape[0], *null_condition.shape[1:])
 
 
 def extrapolate(strong: Tensor, weak: Tensor, scale: float, rescale: float, channels: int) -> Tensor:
@@ -138,6 +149,17 @@ def _scale_at(t: Tensor, scale: float, interval: Interval | None) -> float:
     if not bool(inside.any()):
         return 1.0
     raise ValueError("a guidance interval needs every image of a batch at the same step")
+
+
+def _check_output(output: Any, shape: torch.Size) -> None:
+    """Raise ValueError unless the output is a tensor of this shape; it may have more channels, for the variance."""
+    check_is_tensor(output)
+    fits = output.ndim == len(shape) and output.shape[:1] + output.shape[2:] == shape[:1] + shape[2:]
+    if not fits or output.shape[1] < shape[1]:
+        raise ValueError(
+            f"the guided network returned {tuple(output.shape)} for images of {tuple(shape)}: it must return one output per "
+            "image, of its size and with at least its channels"
+        )
 
 
 def _check_options(scale: float, rescale: float, interval: Interval | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusion_core.denoiser import Denoiser
 from diffusion_core.grids import Grid, check_grid, restrict_grid
-from diffusion_core.guidance import Autoguidance, ClassifierFreeGuidance
+from diffusion_core.guidance import Autoguidance, ClassifierFreeGuidance, null_batch
 from diffusion_core.networks.conditioning import ConditionSpec
 from diffusion_core.objectives import Network, per_image
 from diffusion_core.samplers import Callback, Step, check_inputs, ddim_step, sample_ddim, steps_of
@@ -154,8 +154,8 @@ def optimise_null_condition(
     embedding) is tuned itself, (B, ...) float. If the null is only a mark (class, multi-hot, vector), the output of the
     network's condition embedding for it is tuned: the modules with a ConditionSpec as ``spec``. The weights do not change.
 
-    Raises ValueError if the denoiser is not guided, the guidance scale is 1, inner_steps is negative, or the trajectory lacks
-    a level of the grid.
+    Raises ValueError if the denoiser is not guided, the guidance scale is 1, inner_steps is negative, the trajectory lacks a
+    level of the grid or its images differ in shape, or there is not one condition per image.
     """
     guidance = denoiser.network
     if not isinstance(guidance, ClassifierFreeGuidance):
@@ -169,6 +169,9 @@ def optimise_null_condition(
     if missing:
         raise ValueError(f"the trajectory lacks the grid's levels {missing}: invert over the same grid")
     x = trajectory[grid[0][0]]
+    shapes = {tuple(trajectory[level].shape) for pair in grid for level in pair}
+    if len(shapes) > 1:
+        raise ValueError(f"the images of a trajectory must have one shape, got {sorted(shapes)}")
     null = _start_null(guidance, x, grid[0][0])
     tuned: list[Denoiser] = []
     carried = None
@@ -236,7 +239,7 @@ def _embedding_modules(network: Network) -> list[nn.Module]:
 
 def _start_null(guidance: ClassifierFreeGuidance, x: Tensor, t: int) -> list[Tensor]:
     """Return the null as float tensors with one row per image: the null itself, or the output of each embedding module."""
-    null = guidance.null_condition.to(x.device).expand(x.shape[0], *guidance.null_condition.shape[1:])
+    null = null_batch(guidance.null_condition, x)
     modules = _embedding_modules(guidance.network)
     if not modules:
         if not null.is_floating_point() or bool(torch.isnan(null).any()):
@@ -272,7 +275,11 @@ def _network_with_embeddings(
     """Return the network with its condition ignored: each embedding module returns the given (B, ...) tensor."""
 
     def unconditional(x_t: Tensor, t: Tensor, condition: Any = None, self_condition: Tensor | None = None) -> Tensor:
-        null = null_condition.to(x_t.device).expand(x_t.shape[0], *null_condition.shape[1:])
+        null = null_batch(null_condition, x_t)
+        if any(embedding.shape[0] not in (1, x_t.shape[0]) for embedding in embeddings):
+            raise ValueError(
+                f"the null condition was tuned for {embeddings[0].shape[0]} images, but there are {x_t.shape[0]}"
+            )
         with _outputs_replaced(modules, embeddings):
             return network(x_t, t, null, self_condition)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_core import objectives
 from diffusion_core.bound_terms import bound_term
-from diffusion_core.checks import check_images
+from diffusion_core.checks import check_condition, check_images
 from diffusion_core.objectives import Network, per_image, split_output
 from diffusion_core.schedules import NoiseSchedule
 from diffusion_core.weightings import loss_weight
@@ -50,7 +50,7 @@ def training_loss(
     learns from it (the hybrid loss of arXiv 2102.09672, eq. 16: T L_t estimates the whole bound).
 
     Raises ValueError if a name is unknown, the objective does not fit the schedule, a tensor or the network's output has the
-    wrong shape or type, or (if t is on a CPU) a step lies outside the schedule.
+    wrong shape or type, there is not one condition per image, or (if t is on a CPU) a step lies outside the schedule.
     """
     objectives.check_objective(objective, schedule)
     check_images(x0)
@@ -59,6 +59,7 @@ def training_loss(
             f"t needs one step per image and eps the shape of x0, got t {tuple(t.shape)} and eps {tuple(eps.shape)} "
             f"for x0 {tuple(x0.shape)}"
         )
+    check_condition(condition, x0.shape[0])
     if t.device.type == "cpu" and t.numel() and int(t.min()) < 0:
         raise ValueError(f"training steps must lie in 0 to {schedule.num_steps - 1}, got {int(t.min())}")
     if error not in ERRORS or huber_delta <= 0:

@@ -105,8 +105,21 @@ def _roots(alpha_bar: Tensor | float, like: Tensor):
 
 
 def per_image(values: Tensor, images: Tensor) -> Tensor:
-    """Reshape (B,) values so that they broadcast against (B, ...) images."""
+    """Reshape (B,) values so that they broadcast against (B, ...) images. Raises ValueError unless there is one per image."""
+    if values.shape != images.shape[:1]:
+        raise ValueError(
+            f"one value per image is needed, got {tuple(values.shape)} for images of {tuple(images.shape)}"
+        )
     return values.view(-1, *([1] * (images.ndim - 1)))
+
+
+def check_is_tensor(output: Any) -> None:
+    """Raise ValueError, with the remedy, unless a network's output is a tensor."""
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the network returned {type(output).__name__}, not a tensor: wrap it in a function that returns the "
+            "predicted tensor, such as output.sample"
+        )
 
 
 def split_output(output: Any, x_t: Tensor, learned_variance: bool) -> tuple[Tensor, Tensor | None]:
@@ -115,11 +128,7 @@ def split_output(output: Any, x_t: Tensor, learned_variance: bool) -> tuple[Tens
     output: (B, C, ...), or (B, 2C, ...) with ``learned_variance`` (arXiv 2102.09672, section 3.1); x_t: (B, C, ...). Raises
     ValueError if the output is not a tensor of that shape.
     """
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"the network returned {type(output).__name__}, not a tensor: wrap it in a function that returns the "
-            "predicted tensor, such as output.sample"
-        )
+    check_is_tensor(output)
     channels = x_t.shape[1] * (2 if learned_variance else 1)
     if output.shape != (x_t.shape[0], channels, *x_t.shape[2:]):
         raise ValueError(

@@ -25,21 +25,31 @@ def post_hoc_coefficients(steps: Sequence[int], sigma_rels: Sequence[float], ste
     """Return the (N,) float64 coefficients with which N snapshots best sum to the average of width ``sigma_rel`` at ``step``.
 
     The least-squares fit of profiles p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T], from their inner products
-    (arXiv 2312.02696, section 3.2 and appendix C.3). Raises ValueError if there are no snapshots or ``step`` is after the last.
+    (arXiv 2312.02696, section 3.2 and appendix C.3). The coefficients sum to 1, unlike the paper's: without this constraint
+    the fit scales all weights down, by 6% for width 0.25 from 8 snapshots of widths 0.05 and 0.1.
+
+    Raises ValueError if there are no snapshots, or ``step`` is before the first or after the last.
     """
     if len(steps) != len(sigma_rels) or not steps:
         raise ValueError(
             f"a post-hoc average needs snapshots and one width per snapshot, got {len(steps)} and {len(sigma_rels)}"
         )
-    if not 0 < step <= max(steps):
-        raise ValueError(f"step must lie in 1 to the last snapshot's {max(steps)}, got {step}")
+    if not 0 < min(steps) <= step <= max(steps):
+        raise ValueError(
+            f"step must lie between the first snapshot's {min(steps)} and the last snapshot's {max(steps)}, got {step}"
+        )
     ends, gammas = np.asarray(steps, dtype=np.float64), np.asarray([power_gamma(s) for s in sigma_rels])
     gram = _inner_product(ends[:, None], gammas[:, None], ends[None], gammas[None])
     wanted = _inner_product(ends, gammas, np.asarray(float(step)), np.asarray(power_gamma(sigma_rel)))
     # scale each profile to length 1: same fit, better conditioned
     length = np.sqrt(np.diag(gram))
-    solution = np.linalg.lstsq(gram / np.outer(length, length), wanted / length, rcond=1e-14)[0]
-    return solution / length
+    gram, wanted = gram / np.outer(length, length), wanted / length
+    # the coefficients are solution / length: start from one solution whose coefficients sum to 1 and keep to those that do
+    start = (1.0 / length) / np.square(1.0 / length).sum()
+    basis = np.linalg.svd((1.0 / length)[None])[2][1:].T
+    moved = np.linalg.lstsq(basis.T @ gram @ basis, basis.T @ (wanted - gram @ start), rcond=1e-14)[0]
+    coefficients = (start + basis @ moved) / length
+    return coefficients / coefficients.sum()
 
 
 def reconstruct_ema(snapshots: Sequence[PowerSnapshot], sigma_rel: float, step: int | None = None) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusion_core.checks import check_images
 from diffusion_core.denoiser import Denoiser, Prediction
 from diffusion_core.grids import Grid, check_grid
-from diffusion_core.posterior import VARIANCES, learned_log_variance, posterior
+from diffusion_core.posterior import VARIANCES, learned_log_variance, log_variance_range, posterior
 
 StepNoise = Callable[[int], Tensor]
 """``noise(t)``: (B, ...) standard normal for the step that starts at t."""
@@ -100,7 +100,12 @@ def ddim_step(
     noise: StepNoise | None = None,
     eta: float | Literal["sigma_hat"] = 0.0,
 ) -> Tensor:
-    """Take one DDIM step from t to t_prev, given the prediction at t. Gradients flow, unlike in `sample_ddim`."""
+    """Take one DDIM step from t to t_prev, given the prediction at t. Gradients flow, unlike in `sample_ddim`.
+
+    ``noise`` and ``eta`` as in `sample_ddim`. Returns (B, ...). Raises ValueError if eta or a level is out of range, or noise is
+    missing.
+    """
+    check_eta(eta)
     alpha_bar, alpha_bar_prev = denoiser.schedule.alpha_bar(t), denoiser.schedule.alpha_bar(t_prev)
     direction_sigma, noise_sigma = ddim_sigmas(alpha_bar, alpha_bar_prev, eta)
     direction = max(1.0 - alpha_bar_prev - direction_sigma**2, 0.0) ** 0.5
@@ -128,33 +133,114 @@ def sample_ddpm(
 
     Raises ValueError if the variance is unknown or unavailable, the grid does not fit the schedule, or noise is missing.
     """
+    _check_variance(denoiser, variance)
+    grid = check_inputs(denoiser, x_T, grid)
+    if noise is None:
+        raise ValueError("ancestral sampling adds noise at every step: pass noise=")
+    x, x0 = x_T, None
+    for t, t_prev in steps_of(grid, progress, "DDPM"):
+        prediction = denoiser(x, t, condition, x0)
+        x = ddpm_step(denoiser, prediction, x, t, t_prev, noise, variance)
+        x0 = prediction.x0 if denoiser.self_conditioning else None
+        if callback is not None:
+            callback(Step(t, t_prev, x, prediction.x0))
+    return x
+
+
+def ddpm_step(
+    denoiser: Denoiser,
+    prediction: Prediction,
+    x_t: Tensor,
+    t: int,
+    t_prev: int,
+    noise: StepNoise | None = None,
+    variance: Literal["fixed_small", "fixed_large", "learned"] = "fixed_small",
+) -> Tensor:
+    """Take one ancestral step from x_t at t to t_prev, given the prediction at t. Gradients flow, unlike in `sample_ddpm`.
+
+    x_t: (B, ...) as the denoiser took it. ``noise`` and ``variance`` as in `sample_ddpm`; the step to the clean image, t_prev -1,
+    adds no noise. Returns (B, ...). Raises ValueError if the variance is unknown or unavailable, the step does not go down, the
+    prediction is of another shape, or noise is missing.
+    """
+    _check_step(denoiser, prediction, x_t, t, t_prev, variance)
+    alpha_bar, alpha_bar_prev = denoiser.schedule.alpha_bar(t), denoiser.schedule.alpha_bar(t_prev)
+    step = posterior(alpha_bar, alpha_bar_prev)
+    x = step.x0 * prediction.x0 + step.x_t * x_t
+    if t_prev < 0:
+        return x
+    small, large = float(step.variance), 1.0 - alpha_bar / alpha_bar_prev
+    sigma: Tensor | float = math.sqrt(large if variance == "fixed_large" else small)
+    if variance == "learned":
+        assert prediction.variance_fraction is not None
+        log_variance = learned_log_variance(prediction.variance_fraction, math.log(small), math.log(large))
+        sigma = torch.exp(0.5 * log_variance)
+    return x + sigma * draw(noise, t, x)
+
+
+class ReverseStep(NamedTuple):
+    """p(x_prev | x_t) = N(mean, exp(log_variance)): (B, ...) each. A fixed log-variance has one value for all elements."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+
+def reverse_step(
+    denoiser: Denoiser,
+    prediction: Prediction,
+    x_t: Tensor,
+    t: int,
+    t_prev: int,
+    variance: Literal["fixed_small", "fixed_large", "learned"] = "fixed_small",
+    *,
+    floor: float | None = None,
+) -> ReverseStep:
+    """Return mean and log-variance of the model's step from x_t at t to t_prev, given the prediction at t. Gradients flow.
+
+    The mean is that of q(x_prev | x_t, x0) with the estimate of x0 (arXiv 2006.11239, eq. 7), and `ddpm_step` draws from this
+    Gaussian. At t_prev -1 that posterior's variance is 0: ``floor`` replaces it and both fixed variances, as in the decoder of
+    `likelihood.variational_bound`. By default it is the posterior variance of step 1 (arXiv 2102.09672, as in its authors'
+    code); on a sub-grid pass that of the pair before. Raises ValueError as `ddpm_step` does, and if floor is not above 0.
+    """
+    _check_step(denoiser, prediction, x_t, t, t_prev, variance)
+    schedule = denoiser.schedule
+    alpha_bar, alpha_bar_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev)
+    step = posterior(alpha_bar, alpha_bar_prev)
+    mean = step.x0 * prediction.x0 + step.x_t * x_t
+    if floor is None:
+        one_step = schedule.num_steps == 1
+        floor = 1.0 - alpha_bar if one_step else float(posterior(schedule.alpha_bar(1), schedule.alpha_bar(0)).variance)
+    if not floor > 0.0:
+        raise ValueError(f"floor is a variance above 0, got {floor}")
+    log_small, log_large = log_variance_range(
+        *(torch.tensor(value, dtype=torch.float64) for value in (alpha_bar, alpha_bar_prev, floor))
+    )
+    if variance == "learned":
+        assert prediction.variance_fraction is not None
+        return ReverseStep(mean, learned_log_variance(prediction.variance_fraction, float(log_small), float(log_large)))
+    log_variance = float(log_large if variance == "fixed_large" and t_prev >= 0 else log_small)
+    return ReverseStep(mean, torch.full_like(mean, log_variance))
+
+
+def _check_step(denoiser: Denoiser, prediction: Prediction, x_t: Tensor, t: int, t_prev: int, variance: str) -> None:
+    """Raise ValueError unless the step goes down and the prediction belongs to x_t and has what the variance needs."""
+    _check_variance(denoiser, variance)
+    if not t_prev < t:
+        raise ValueError(f"a reverse step goes down, got t {t} and t_prev {t_prev}")
+    if prediction.x0.shape != x_t.shape:
+        raise ValueError(
+            f"the prediction is for images of {tuple(prediction.x0.shape)}, but x_t has {tuple(x_t.shape)}"
+        )
+    if variance == "learned" and prediction.variance_fraction is None:
+        raise ValueError("variance 'learned' needs a prediction with a variance_fraction, as the denoiser returns it")
+
+
+def _check_variance(denoiser: Denoiser, variance: str) -> None:
     if variance not in VARIANCES:
         raise ValueError(f"unknown variance {variance!r}: choose one of {', '.join(VARIANCES)}")
     if variance == "learned" and not denoiser.learned_variance:
         raise ValueError(
             "variance 'learned' needs a network that learned it: build the denoiser with learned_variance=True"
         )
-    grid = check_inputs(denoiser, x_T, grid)
-    if noise is None:
-        raise ValueError("ancestral sampling adds noise at every step: pass noise=")
-    x, x0 = x_T, None
-    for t, t_prev in steps_of(grid, progress, "DDPM"):
-        alpha_bar, alpha_bar_prev = denoiser.schedule.alpha_bar(t), denoiser.schedule.alpha_bar(t_prev)
-        prediction = denoiser(x, t, condition, x0)
-        step = posterior(alpha_bar, alpha_bar_prev)
-        x = step.x0 * prediction.x0 + step.x_t * x
-        if t_prev >= 0:
-            small, large = float(step.variance), 1.0 - alpha_bar / alpha_bar_prev
-            sigma: Tensor | float = math.sqrt(large if variance == "fixed_large" else small)
-            if variance == "learned":
-                assert prediction.variance_fraction is not None
-                log_variance = learned_log_variance(prediction.variance_fraction, math.log(small), math.log(large))
-                sigma = torch.exp(0.5 * log_variance)
-            x = x + sigma * draw(noise, t, x)
-        x0 = prediction.x0 if denoiser.self_conditioning else None
-        if callback is not None:
-            callback(Step(t, t_prev, x, prediction.x0))
-    return x
 
 
 def sample_dpmpp_2m(
@@ -244,11 +330,15 @@ def sample_heun(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Sample with Heun's method for d(x / sqrt(a)) / d sigma = eps, sigma = sqrt((1 - a) / a) (arXiv 2206.00364, algorithm 1).
+    """Sample with Heun's method (arXiv 2206.00364, algorithm 1) for d(x / (alpha + sigma)) / dr = eps - x0, r = sigma / (alpha + sigma).
 
-    Second order, with two network calls per step. The step to the clean image and a step from pure noise are Euler steps,
-    which equal DDIM's, with one call. Deterministic: ``noise`` is never called. x_T: (B, ...) float32 at the noise level of the
-    grid's first step. Returns the image at the grid's end. Raises ValueError if the grid does not fit the schedule.
+    alpha = sqrt(a), sigma = sqrt(1 - a). Both sides are finite from pure noise (r = 1) to the clean image (r = 0). The paper's
+    variables, x / alpha over sigma / alpha, describe the same flow but are infinite at pure noise, and a long step from near
+    it then errs more than DDIM's. A step is DDIM's plus (alpha_s + sigma_s) (r_s - r_t) / 2 (u(x_s, s) - u(x_t, t)), u = eps - x0.
+
+    Second order, with two network calls per step. The step to the clean image is an Euler step, which equals DDIM's, with one
+    call. Deterministic: ``noise`` is never called. x_T: (B, ...) float32 at the noise level of the grid's first step. Returns
+    the image at the grid's end. Raises ValueError if the grid does not fit the schedule.
     """
     grid = check_inputs(denoiser, x_T, grid)
     x, x0 = x_T, None
@@ -257,10 +347,12 @@ def sample_heun(
         prediction = denoiser(x, t, condition, x0)
         x0 = prediction.x0 if denoiser.self_conditioning else None
         x = ddim_step(denoiser, prediction, t, t_prev)
-        if t_prev >= 0 and alpha_bar > 0.0:
+        if t_prev >= 0:
             corrected = denoiser(x, t_prev, condition, x0)
-            sigma, sigma_prev = (1.0 / alpha_bar - 1.0) ** 0.5, (1.0 / alpha_bar_prev - 1.0) ** 0.5
-            x = x + alpha_bar_prev**0.5 * (sigma_prev - sigma) / 2.0 * (corrected.eps - prediction.eps)
+            alpha, sigma = alpha_bar**0.5, (1.0 - alpha_bar) ** 0.5
+            alpha_prev, sigma_prev = alpha_bar_prev**0.5, (1.0 - alpha_bar_prev) ** 0.5
+            half = (alpha_prev + sigma_prev) * (sigma_prev / (alpha_prev + sigma_prev) - sigma / (alpha + sigma)) / 2.0
+            x = x + half * ((corrected.eps - corrected.x0) - (prediction.eps - prediction.x0))
         if callback is not None:
             callback(Step(t, t_prev, x, prediction.x0))
     return x

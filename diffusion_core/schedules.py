@@ -102,7 +102,7 @@ class NoiseSchedule:
 def make_schedule(name: str, num_steps: int = 1000, **options: Any) -> NoiseSchedule:
     """Return the schedule ``name`` over ``num_steps`` steps.
 
-    ``linear``         beta from 1e-4 to 0.02 (DDPM), scaled by 1000 / T for other T
+    ``linear``         beta from 1e-4 to 0.02 (DDPM), scaled by 1000 / T for other T; ``start`` and ``end`` are not scaled
     ``scaled_linear``  sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012) (Stable Diffusion), made for T = 1000, not scaled
     ``cosine``         alpha_bar = cos^2 of a quarter turn, s = 0.008, beta <= 0.999 (arXiv 2102.09672, eq. 17)
     ``sigmoid``        a rescaled sigmoid from ``start`` -3 to ``end`` 3 with ``tau`` (arXiv 2212.11972)
@@ -137,7 +137,7 @@ def given_schedule(alphas_cumprod: Tensor | Sequence[float]) -> NoiseSchedule:
 
     Float32 values are converted exactly. Raises ValueError as `NoiseSchedule` does.
     """
-    array = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
+    array = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
     if array.ndim != 1:
         raise ValueError(f"alphas_cumprod must be a vector, got shape {tuple(array.shape)}")
     values = array.tolist()
@@ -167,9 +167,12 @@ def _given(num_steps: int, *, alphas_cumprod: Sequence[float]) -> Tensor:
     return torch.tensor(alphas_cumprod, dtype=torch.float64)
 
 
-def _linear(num_steps: int, *, start: float = 1e-4, end: float = 0.02) -> Tensor:
+def _linear(num_steps: int, *, start: float | None = None, end: float | None = None) -> Tensor:
     scale = 1000.0 / num_steps
-    return _from_betas(torch.linspace(start * scale, end * scale, num_steps, dtype=torch.float64).clamp(max=0.999))
+    first = 1e-4 * scale if start is None else start
+    last = 0.02 * scale if end is None else end
+    betas = torch.linspace(first, last, num_steps, dtype=torch.float64)
+    return _from_betas(betas.clamp(max=0.999) if end is None else betas)
 
 
 def _scaled_linear(num_steps: int, *, start: float = 0.00085, end: float = 0.012) -> Tensor:

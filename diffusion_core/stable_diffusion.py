@@ -76,7 +76,10 @@ class StableDiffusion:
         rescale: float = 0.0,
         interval: Interval | None = None,
     ) -> Denoiser:
-        """Return a denoiser of latents, guided away from ``negative_prompt``; not clipped, because latents have no range."""
+        """Return a denoiser of latents, guided away from ``negative_prompt``; not clipped, because latents have no range.
+
+        Only the alpha-bars and the prediction type of the pipeline's scheduler are used; its clipping, spacing and offset are not.
+        """
         if guidance_scale == 1.0:
             return Denoiser(self.network, self.schedule, self.objective, clip=None)
         null = self.encode_prompts([negative_prompt])
@@ -94,12 +97,16 @@ class StableDiffusion:
         """Encode (B, 3, H, W) images in [-1, 1] as (B, C, h, w) latents, scaled by the autoencoder's factor (0.18215 in SD 1).
 
         Returns the mean of the autoencoder's posterior, or with ``noise`` ((B, C, h, w) standard normal) a draw from it.
-        Raises ValueError if the images are not floats or do not have 3 channels.
+        Raises ValueError if the images are not floats or do not have 3 channels, or noise does not have the latents' shape.
         """
         check_images(images, "images")
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"the autoencoder takes images (B, 3, H, W), got {tuple(images.shape)}")
         posterior = self.pipeline.vae.encode(images.to(self.pipeline.vae.dtype), return_dict=False)[0]
+        if noise is not None and noise.shape != posterior.mean.shape:
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}, but the latents have {tuple(posterior.mean.shape)}"
+            )
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         return (latents - self._shift) * self.pipeline.vae.config.scaling_factor
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffusion_core.checks import is_whole
+
 
 @dataclass(frozen=True)
 class GaussianStatistics:
@@ -37,6 +39,34 @@ class GaussianStatistics:
         mean = features.mean(axis=0)
         deviations = features - mean
         return cls(len(features), mean, deviations.T @ deviations)
+
+    @classmethod
+    def from_moments(cls, mean: np.ndarray, covariance: np.ndarray, n: int) -> GaussianStatistics:
+        """Return the statistics with a published mean (D,) and unbiased covariance (D, D) of ``n`` samples.
+
+        These are ``mu`` and ``sigma`` of the files of FID tools, with ``numpy.cov``'s divisor n - 1. Raises ValueError if n is
+        below 2, the shapes do not fit, a value is not finite, or the covariance is not symmetric with eigenvalues of at least 0.
+        """
+        mean, covariance = np.asarray(mean, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
+        if not is_whole(n) or n < 2:
+            raise ValueError(
+                f"a covariance needs the number of samples behind it, a whole number of at least 2, got {n!r}"
+            )
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"moments must be a mean (D,) and a covariance (D, D), got {mean.shape} and {covariance.shape}"
+            )
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("the mean or the covariance holds NaN or infinity")
+        scale = float(np.abs(covariance).max(initial=0.0))
+        if not np.allclose(covariance, covariance.T, rtol=0.0, atol=1e-5 * scale):
+            raise ValueError("a covariance is symmetric, and this matrix is not: is it another statistic?")
+        covariance = (covariance + covariance.T) / 2.0
+        if len(mean) and np.linalg.eigvalsh(covariance)[0] < -1e-5 * scale * len(mean):
+            raise ValueError(
+                "a covariance has no negative eigenvalue, and this matrix has one: is it another statistic?"
+            )
+        return cls(int(n), mean, covariance * (n - 1))
 
     def merge(self, other: GaussianStatistics) -> GaussianStatistics:
         """Return the statistics of both sets together (Chan, Golub and LeVeque, 1979, eq. 2.1, for vectors); commutes bit for bit."""

@@ -6,6 +6,7 @@ It covers unconditional and class-conditional networks of convolutions, residual
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from diffusion_core.storage import atomic_folder, read_json, write_json
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 _DEFAULTS: dict[str, Any] = {
+    "_class_name": "UNet2DModel",
     "sample_size": None,
     "in_channels": 3,
     "out_channels": 3,
@@ -53,6 +55,7 @@ _DEFAULTS: dict[str, Any] = {
 """Values of the settings that config.json omits."""
 
 _ONLY: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("UNet2DModel", "UNetUnconditionalModel"),
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
     "mid_block_type": ("UNetMidBlock2D",),
@@ -236,7 +239,6 @@ def unet_to_diffusers(network: UNet, *, null_class: bool = True) -> tuple[dict[s
     plain = next(pair for pair, (_, way) in _BLOCKS.items() if way == resample_type)
     config = {
         **_DEFAULTS,
-        "_class_name": "UNet2DModel",
         "sample_size": options["image_size"],
         "in_channels": options["image_channels"],
         "out_channels": (2 if options["learned_variance"] else 1) * options["image_channels"],
@@ -268,24 +270,77 @@ def unet_to_diffusers(network: UNet, *, null_class: bool = True) -> tuple[dict[s
     return config, weights
 
 
-def read_diffusers_folder(folder: Path, **options: Any) -> UNet:
+def read_diffusers_folder(folder: Path, *, variant: str | None = None, **options: Any) -> UNet:
     """Read a folder with config.json and diffusion_pytorch_model.safetensors; ``options`` as in `unet_from_diffusers`.
 
-    Raises ValueError if a file is missing or damaged, and as `unet_from_diffusers` does.
+    ``variant``: the weights of this name, such as ``fp16`` for diffusion_pytorch_model.fp16.safetensors; the network is float32
+    anyway. Weights in several files are read by their index.json, which diffusers also prefers if there is one file, too.
+    `diffusers_folder` reads the folder of a whole pipeline. Raises ValueError if a file is missing or damaged, and as
+    `unet_from_diffusers` does.
     """
     folder = Path(folder)
-    config, path = read_json(folder / "config.json"), folder / WEIGHTS_FILE
+    config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'} does not hold the settings of a network")
-    if not path.exists() and path.with_suffix(".bin").exists():
-        raise ValueError(
-            f"{path.with_suffix('.bin')} is a pickle, which is not read: save the model with safe_serialization=True"
-        )
+    return unet_from_diffusers(config, _read_weights(folder, variant), **options)
+
+
+def _read_weights(folder: Path, variant: str | None) -> dict[str, Tensor]:
+    """Return the weights of the files that an index names, or of one file. Raises ValueError if they are missing or damaged."""
+    if variant is not None and (not isinstance(variant, str) or not re.fullmatch(r"[\w-]+", variant)):
+        raise ValueError(f"a variant is a name such as 'fp16', got {variant!r}")
+    stem = WEIGHTS_FILE.removesuffix(".safetensors")
+    middle = "" if variant is None else f".{variant}"
+    whole = folder / f"{stem}{middle}.safetensors"
+    # the second is the name that older releases gave to the index of a variant
+    indices = [folder / f"{WEIGHTS_FILE}.index{middle}.json", folder / f"{WEIGHTS_FILE}{middle}.index.json"]
+    index = next((path for path in indices if path.exists()), None)
+    if index is None:
+        if not whole.exists():
+            raise ValueError(_missing_weights(folder, whole))
+        return _load(whole)
+    described = read_json(index)
+    places = described.get("weight_map") if isinstance(described, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index} has no weight_map from weights to files")
+    weights: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}, which is no file of this folder")
+        part = _load(folder / name)
+        if twice := part.keys() & weights.keys():
+            raise ValueError(f"{folder / name} holds {sorted(twice)[0]}, which another file holds too")
+        weights |= part
+    if lacking := sorted(places.keys() - weights.keys()):
+        raise ValueError(f"the files of {index} lack {', '.join(lacking[:4])}: one of them is incomplete")
+    return weights
+
+
+def _load(path: Path) -> dict[str, Tensor]:
     try:
-        weights = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    return unet_from_diffusers(config, weights, **options)
+
+
+def _missing_weights(folder: Path, path: Path) -> str:
+    """Return the message for a folder without these weights: name the other variants, or the pickle."""
+    stem = WEIGHTS_FILE.removesuffix(".safetensors")
+    names = {found.name for found in folder.glob(f"{stem}*")}
+    patterns = (
+        r"\.([\w-]+)\.safetensors",
+        r"\.safetensors\.index\.([\w-]+)\.json",
+        r"\.safetensors\.([\w-]+)\.index\.json",
+    )
+    found = {match[1] for name in names for p in patterns if (match := re.fullmatch(stem + p, name))}
+    found = {name for name in found if not re.search(r"-\d{5}-of-\d{5}$", name)}  # one of the files of an index
+    plain = bool(names & {WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json"})
+    if found or plain:
+        choices = ["no variant"] * plain + [f"variant={name!r}" for name in sorted(found)]
+        return f"{folder} has no {path.name}; it has weights for {', '.join(choices)}"
+    if pickles := sorted(name for name in names if ".bin" in name):
+        return f"{folder / pickles[0]} is a pickle, which is not read: save the model with safe_serialization=True"
+    return f"cannot read {path}: it does not exist"
 
 
 def write_diffusers_folder(network: UNet, folder: Path, *, null_class: bool = True) -> None:

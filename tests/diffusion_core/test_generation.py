@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from diffusion_core.artifact import DiffusionModel
-from diffusion_core.generation import SamplerSettings, _aligned_blocks, generate, generate_images, rows_per_call
+from diffusion_core.generation import (
+    NonFiniteOutputError,
+    SamplerSettings,
+    _aligned_blocks,
+    default_settings,
+    generate,
+    generate_images,
+    rows_per_call,
+)
 from diffusion_core.networks import build_network
 from diffusion_core.schedules import make_schedule
 
@@ -90,7 +102,99 @@ def test_network_is_called_with_the_block_size_whatever_the_request(model: Diffu
     assert sizes == [16, 4]
 
 
-@pytest.mark.parametrize("options", [{"eta": 1.5}, {"eta": "large"}, {"steps": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eta": 1.5}, {"eta": "large"}, {"eta": float("nan")}, {"steps": 0}, {"steps": 2.5}, {"steps": True},
+        {"guidance_scale": float("nan")}, {"guidance_scale": float("inf")}, {"spacing": "even"},
+    ],
+)  # fmt: skip
 def test_wrong_settings_are_refused(options: dict) -> None:
-    with pytest.raises(ValueError, match=r"eta must lie|steps must be"):
+    with pytest.raises(ValueError, match=r"eta must lie|steps must be|guidance scale must be|unknown grid spacing"):
         SamplerSettings(**options)
+
+
+class Broken(nn.Module):
+    """A network whose output is ``value`` at one step and in rows of one condition."""
+
+    def __init__(self, network: nn.Module, value: float, step: int, label: int) -> None:
+        super().__init__()
+        self.network, self.value, self.step, self.label = network, value, step, label
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, self_condition: Tensor | None = None) -> Tensor:
+        output = self.network(x, t, condition, self_condition)
+        wrong = (condition == self.label) & (t == self.step)
+        return torch.where(wrong.view(-1, 1, 1, 1), torch.full_like(output, self.value), output)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_output_that_is_not_finite_is_named_by_step_sample_and_condition(
+    model: DiffusionModel, value: float, guidance_scale: float
+) -> None:
+    broken = replace(model, network=Broken(model.network, value, step=49, label=1))
+    settings = SamplerSettings(steps=4, guidance_scale=guidance_scale)
+    expected = r"NaN or infinity at step t = 49 for sample 41 with condition 1 and for 2 more samples"
+    with pytest.raises(NonFiniteOutputError, match=expected):
+        generate_images(broken, LABELS[:8], torch.arange(40, 48), settings, seed=0)
+    healthy = torch.zeros(8, dtype=torch.int64)
+    assert len(generate_images(broken, healthy, torch.arange(8), settings, seed=0)) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_model_in_another_precision_samples_nearly_the_same(
+    model: DiffusionModel, dtype: torch.dtype, guidance_scale: float
+) -> None:
+    settings = SamplerSettings(steps=4, eta=0.5, guidance_scale=guidance_scale)
+    other = replace(model, network=copy.deepcopy(model.network).to(dtype))
+    seen: list[Tensor] = []
+    blocks = generate(other, LABELS[:6], torch.arange(6), settings, seed=3, on_step=lambda _, step: seen.append(step.x))
+    images = torch.cat([block for _, block in blocks]).float()
+    assert {x.dtype for x in seen} == {torch.float32}
+    expected = generate_images(model, LABELS[:6], torch.arange(6), settings, seed=3).float()
+    assert float((images - expected).abs().mean()) < (6.0 if dtype == torch.bfloat16 else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("condition", "indices", "options", "named"),
+    [
+        (LABELS[:2], torch.arange(3), {}, "2 conditions were given for 3 indices"),
+        (LABELS[:3], torch.arange(2), {}, "3 conditions were given for 2 indices"),
+        (torch.tensor([0, 4]), torch.arange(2), {}, "class labels must lie in 0 to 2"),
+        (torch.tensor([0.0, 1.0]), torch.arange(2), {}, "must hold integers"),
+        ([0, 1], torch.arange(2), {}, "must be a tensor with one row per image, got list"),
+        (LABELS[:2], torch.tensor([0, -1]), {}, "sample indices must lie in 0 to 4294967295, got -1 to 0"),
+        (LABELS[:2], torch.tensor([0, 2**32]), {}, "sample indices must lie in"),
+        (LABELS[:2], torch.tensor([0.0, 1.0]), {}, "indices must be an"),
+        (LABELS[:2], [0, 1], {}, "indices must be an"),
+        (LABELS[:2], torch.arange(2), {"block_size": 0}, "block_size must be at least 1, got 0"),
+        (LABELS[:2], torch.arange(2), {"seed": -1}, "a seed must be"),
+    ],
+)
+def test_wrong_requests_are_refused_before_sampling(
+    model: DiffusionModel, condition: Tensor, indices: Tensor, options: dict, named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        generate(model, condition, indices, SamplerSettings(steps=2), **{"seed": 0, **options})
+
+
+def test_steps_beyond_the_schedule_are_refused_before_sampling(model: DiffusionModel) -> None:
+    with pytest.raises(ValueError, match="a grid of 101 steps does not fit"):
+        generate(model, LABELS[:1], torch.arange(1), SamplerSettings(steps=101), seed=0)
+
+
+def test_no_condition_is_the_null_condition(model: DiffusionModel) -> None:
+    null = model.condition.null(3)
+    settings = SamplerSettings(steps=2)
+    images = generate_images(model, None, torch.arange(3), settings, seed=0)
+    assert torch.equal(images, generate_images(model, null, torch.arange(3), settings, seed=0))
+    with pytest.raises(ValueError, match="guidance needs a condition"):
+        generate(model, None, torch.arange(3), SETTINGS, seed=0)
+
+
+@pytest.mark.parametrize(("num_steps", "expected"), [(1, 1), (20, 20), (50, 50), (1000, 50)])
+def test_default_settings_fit_every_schedule(model: DiffusionModel, num_steps: int, expected: int) -> None:
+    short = replace(model, schedule=make_schedule("cosine", num_steps))
+    assert default_settings(short) == SamplerSettings(steps=expected)
+    assert len(generate_images(short, LABELS[:2], torch.arange(2), default_settings(short), seed=0)) == 2

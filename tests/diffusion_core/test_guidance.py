@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -180,3 +182,38 @@ def test_denoiser_of_a_plain_function_provides_a_network_for_guidance():
 def test_output_without_spread_is_not_rescaled():
     one = torch.ones(3, 1)
     assert torch.isfinite(extrapolate(one, 0.5 * one, 3.0, 0.7, 1)).all()
+
+
+OUTPUTS = {
+    "a dict": (lambda x: {"sample": x}, r"returned dict, not a tensor.*output\.sample"),
+    "an object with .sample": (lambda x: SimpleNamespace(sample=x), r"returned SimpleNamespace.*output\.sample"),
+    "a tuple": (lambda x: (x,), "returned tuple, not a tensor"),
+    "another batch": (lambda x: x[:1], "one output per image"),
+    "another size": (lambda x: x.repeat(1, 1, 2), "of its size"),
+    "fewer channels": (lambda x: x[:, :1], "at least its channels"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_network_without_a_tensor_of_the_right_shape_is_refused_with_the_remedy(name):
+    change, message = OUTPUTS[name]
+    x, t, condition = torch.zeros(4, 2, 3), torch.full((4,), 5), torch.zeros(4)
+
+    def good(x, t, condition, self_condition=None):
+        return x
+
+    def bad(x, t, condition, self_condition=None):
+        return change(x)
+
+    guided = [
+        ClassifierFreeGuidance(bad, torch.zeros(1), 3.0),
+        Autoguidance(bad, good, 3.0),
+        Autoguidance(good, bad, 3.0),
+    ]
+    for network in guided:
+        with pytest.raises(ValueError, match=message):
+            network(x, t, condition)
+    for scale in (0.0, 1.0):  # one network alone: its output is checked by the denoiser
+        for network in (ClassifierFreeGuidance(bad, torch.zeros(1), scale), Autoguidance(bad, bad, scale)):
+            with pytest.raises(ValueError, match="returned"):
+                Denoiser(network, SCHEDULE, "eps")(x, 5, condition)

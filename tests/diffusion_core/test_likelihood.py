@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 
-from diffusion_core.bound_terms import discretised_log_likelihood
+from diffusion_core.bound_terms import decoder_bits, discretised_log_likelihood
 from diffusion_core.denoiser import Denoiser
 from diffusion_core.grids import make_grid
 from diffusion_core.likelihood import variational_bound
 from diffusion_core.noise import NoiseSource
-from diffusion_core.objectives import OBJECTIVES
+from diffusion_core.objectives import OBJECTIVES, add_noise
 from diffusion_core.posterior import posterior
+from diffusion_core.samplers import reverse_step
 from diffusion_core.schedules import make_schedule
 from tests.diffusion_core.oracle import Gaussian, as_network, tilted_gaussian
 
@@ -120,3 +121,84 @@ def test_bad_input_is_refused_with_the_remedy():
         variational_bound(denoiser, x0.clamp(-1, 1), lambda t: eps, grid=[(20, 10)])
     with pytest.raises(ValueError, match="decoder"):
         variational_bound(denoiser, x0, lambda t: eps, decoder="laplace")
+
+
+def chain_of_perfect_estimates(num_steps=1000):
+    """Return (schedule, denoiser, images of 256 levels): the denoiser's estimate of x0 is x0 itself."""
+    schedule = make_schedule("linear", num_steps)
+    levels = torch.linspace(0, 255, 12, dtype=torch.float64).round()
+    x0 = (levels / 127.5 - 1).view(4, 3)
+
+    def network(x_t, t, condition=None, self_condition=None):
+        return x0
+
+    return schedule, Denoiser(network, schedule, "x0", clip=None), x0
+
+
+def bits_of_a_level(x0, variance):
+    """Return -log2 of the probability of an 8-bit level under a Gaussian around it, mean over each image's dimensions."""
+    half = math.erf(1 / 255 / math.sqrt(2 * variance))
+    inner, outer = -math.log2(half), -math.log2(0.5 + half / 2)
+    edge = (x0.abs() == 1).double()
+    return (edge * outer + (1 - edge) * inner).mean(dim=1)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_decoder_has_the_posterior_variance_of_step_1_as_in_the_published_code(variance):
+    schedule, denoiser, x0 = chain_of_perfect_estimates()
+    grid = [999, 500, 20, 1, 0]  # the other steps add nothing to the decoder
+    noise = NoiseSource(0).for_samples((3,), torch.arange(4))
+    published = variational_bound(denoiser, x0, noise, variance=variance, grid=grid)
+    wide = variational_bound(denoiser, x0, noise, variance=variance, grid=grid, decoder_variance="beta")
+    betas = schedule.betas()
+    second = float(betas[1] * (1 - schedule.alpha_bar(0)) / (1 - schedule.alpha_bar(1)))
+    torch.testing.assert_close(published.decoder, bits_of_a_level(x0, second), atol=1e-9, rtol=0)
+    torch.testing.assert_close(wide.decoder, bits_of_a_level(x0, float(betas[0])), atol=1e-9, rtol=0)
+    assert torch.equal(published.steps, wide.steps) and torch.equal(published.prior, wide.prior)
+    same = variational_bound(denoiser, x0, noise, variance=variance, grid=grid, decoder_variance="posterior")
+    assert torch.equal(published.total, same.total)
+    inside = (x0.abs() < 1).all(dim=1)
+    gap = (wide.total - published.total)[inside]
+    assert bool((gap > 0.38).all() and (gap < 0.43).all()), gap  # 2.186 and 1.783 bits/dim in the published comparison
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_decoder_is_the_last_reverse_step(variance):
+    schedule, target = make_schedule("linear", 30), tilted_gaussian()
+    denoiser = target.denoiser(schedule)
+    x0 = (torch.linspace(0, 255, 10).round() / 127.5 - 1).double().view(5, 2)
+    noise = NoiseSource(0).for_samples((2,), torch.arange(5))
+    for grid in (None, make_grid("trailing", 30, 7)):
+        last, before = ((0, -1), (1, 0)) if grid is None else (grid[-1], grid[-2])
+        floor = posterior(*(schedule.alpha_bar(level) for level in before)).variance
+        x_t = add_noise(x0, noise(last[0]).double(), schedule.alpha_bar(last[0]))
+        step = reverse_step(denoiser, denoiser(x_t, last[0]), x_t, *last, variance, floor=floor)
+        bits = decoder_bits(x0, step.mean, step.log_variance, "discretised")
+        bound = variational_bound(denoiser, x0, noise, variance=variance, grid=grid)
+        torch.testing.assert_close(bound.decoder, bits, atol=1e-9, rtol=1e-9)
+        if grid is None:
+            assert torch.equal(
+                reverse_step(denoiser, denoiser(x_t, 0), x_t, 0, -1, variance).log_variance, step.log_variance
+            )
+
+
+def test_density_keeps_the_variance_of_the_chain_unless_told_otherwise():
+    schedule, denoiser, x0 = chain_of_perfect_estimates(30)
+    noise = NoiseSource(0).for_samples((3,), torch.arange(4))
+    betas = schedule.betas()
+    second = float(betas[1] * (1 - schedule.alpha_bar(0)) / (1 - schedule.alpha_bar(1)))
+    for variance, own in (("fixed_large", float(betas[0])), ("fixed_small", second)):
+        for asked, expected in ((None, own), ("beta", float(betas[0])), ("posterior", second)):
+            bound = variational_bound(denoiser, x0, noise, variance=variance, decoder="density", decoder_variance=asked)
+            exact = torch.full((4,), 0.5 * math.log2(2 * math.pi * expected), dtype=torch.float64)
+            torch.testing.assert_close(bound.decoder, exact, atol=1e-9, rtol=0)
+
+
+def test_decoder_variance_that_does_not_apply_is_refused():
+    schedule, denoiser, x0 = chain_of_perfect_estimates(30)
+    with pytest.raises(ValueError, match="must be posterior or beta"):
+        variational_bound(denoiser, x0, lambda t: x0, decoder_variance="large")
+    learned = Denoiser(lambda x, *_: torch.cat([x, x], 1), schedule, "eps", learned_variance=True)
+    for choice in ("beta", "posterior"):
+        with pytest.raises(ValueError, match="omit it"):
+            variational_bound(learned, x0, lambda t: x0, variance="learned", decoder_variance=choice)

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_reconstruction_is_near_the_real_average_and_nearer_with_more_snapshots(
     assert errors[2] < 1e-3 and errors[2] <= errors[0]
 
 
-def test_coefficients_minimise_the_distance_of_the_profiles():
+def test_coefficients_minimise_the_distance_of_the_profiles_among_those_that_sum_to_one():
     steps, widths = [40, 80, 120, 160], [0.05, 0.1, 0.05, 0.1]
     grid = (np.arange(200_000) + 0.5) / 200_000 * 160
 
@@ -59,8 +61,34 @@ def test_coefficients_minimise_the_distance_of_the_profiles():
         return np.where(grid <= end, (gamma + 1) * (grid / end) ** gamma / end, 0.0)
 
     matrix = np.stack([profile(s, w) for s, w in zip(steps, widths)], axis=1)
-    expected = np.linalg.lstsq(matrix, profile(150, 0.08), rcond=None)[0]
+    # eliminate the last coefficient, which is 1 minus the others
+    rest = np.linalg.lstsq(matrix[:, :-1] - matrix[:, -1:], profile(150, 0.08) - matrix[:, -1], rcond=None)[0]
+    expected = [*rest, 1 - rest.sum()]
     np.testing.assert_allclose(post_hoc_coefficients(steps, widths, 150, 0.08), expected, rtol=1e-3, atol=1e-4)
+
+
+EIGHT_OF_TWO_WIDTHS = ([512 * (i + 1) for i in range(8)] * 2, [0.05] * 8 + [0.1] * 8)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.03, 0.05, 0.06, 0.075, 0.1, 0.12, 0.15, 0.2, 0.25])
+@pytest.mark.parametrize("step", [4096, 3172, 2048, 600])
+def test_coefficients_sum_to_one(sigma_rel, step):
+    assert post_hoc_coefficients(*EIGHT_OF_TWO_WIDTHS, step, sigma_rel).sum() == pytest.approx(1.0, abs=1e-9)
+    assert post_hoc_coefficients([512], [0.1], 512, sigma_rel) == pytest.approx([1.0])
+
+
+@functools.cache
+def eight_snapshots():
+    values = 1.0 + 0.02 * np.cos(5 * np.arange(512) / 512) + 0.01 * np.random.RandomState(0).randn(512)
+    return values, snapshots_of(values, 64, (0.05, 0.10))
+
+
+@pytest.mark.parametrize("sigma_rel", [0.03, 0.075, 0.15, 0.2, 0.25])
+def test_weights_from_eight_snapshots_of_two_widths_have_the_size_of_the_average_that_was_run(sigma_rel):
+    """Weights far from 0, as those of a norm layer: with coefficients that do not sum to 1 they shrink by up to 6%."""
+    values, snapshots = eight_snapshots()
+    rebuilt = float(reconstruct_ema(snapshots, sigma_rel)["weight"])
+    assert rebuilt == pytest.approx(averaged(values, sigma_rel)[-1], abs=2e-3)
 
 
 def test_impossible_snapshots_are_refused():
@@ -69,5 +97,10 @@ def test_impossible_snapshots_are_refused():
     one = PowerSnapshot(10, 0.1, {"weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="last snapshot's 10"):
         reconstruct_ema([one], 0.1, step=11)
+    with pytest.raises(ValueError, match="between the first snapshot's 10 and the last snapshot's 10"):
+        reconstruct_ema([one], 0.1, step=9)
+    for steps, widths in (([], []), ([10, 20], [0.1])):
+        with pytest.raises(ValueError, match="one width per snapshot"):
+            post_hoc_coefficients(steps, widths, 10, 0.1)
     with pytest.raises(ValueError, match="must come from one network"):
         reconstruct_ema([one, PowerSnapshot(10, 0.05, {"other": torch.zeros(1)})], 0.1)

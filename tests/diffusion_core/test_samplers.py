@@ -15,9 +15,12 @@ from diffusion_core.denoiser import Denoiser
 from diffusion_core.grids import SPACINGS, grid_from_steps, make_grid, restrict_grid
 from diffusion_core.noise import NoiseSource
 from diffusion_core.objectives import OBJECTIVES
-from diffusion_core.posterior import posterior
+from diffusion_core.posterior import VARIANCES, posterior
 from diffusion_core.samplers import (
     ddim_sigmas,
+    ddim_step,
+    ddpm_step,
+    reverse_step,
     sample_ddim,
     sample_ddpm,
     sample_dpmpp_2m,
@@ -63,6 +66,56 @@ def test_sampler_converges_to_the_exact_flow_at_its_order(name, order):
     slopes = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     assert slopes[-1] == pytest.approx(order, abs=0.2), (errors, slopes)
     assert all(slope > order - 0.35 for slope in slopes), (errors, slopes)
+
+
+def error_with_trailing(sampler, schedule, num_steps: int, last: bool = True) -> float:
+    """Return the largest distance from the exact ODE solution, from the top of the schedule, without or with the last step."""
+    target = tilted_gaussian()
+    grid = make_grid("trailing", schedule.num_steps, num_steps)
+    grid = grid if last else grid[:-1]
+    x_T = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)).double()
+    exact = target.flow(x_T, schedule.alpha_bar(grid[0][0]), schedule.alpha_bar(grid[-1][1]))
+    return float((sampler(target.denoiser(schedule, "v"), x_T, grid) - exact).abs().max())
+
+
+FROM_NOISE = {
+    "just below pure noise": make_schedule("cosine", 1000),
+    "further below": make_schedule("cosine", 8000),
+    "from pure noise": make_schedule("cosine", 1000, zero_terminal_snr=True),
+    "from pure noise, linear": make_schedule("linear", 8000, zero_terminal_snr=True),
+}
+
+
+@pytest.mark.parametrize("schedule", FROM_NOISE.values(), ids=FROM_NOISE)
+def test_heun_is_of_second_order_from_the_top_of_the_schedule_and_errs_less_than_ddim(schedule):
+    errors = [error_with_trailing(sample_heun, schedule, n, last=False) for n in (10, 20, 40, 80)]
+    slopes = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
+    assert all(slope > 1.8 for slope in slopes), (errors, slopes)
+    for num_steps in (3, 5, 10, 20, 40):
+        heun, ddim = (error_with_trailing(sampler, schedule, num_steps) for sampler in (sample_heun, sample_ddim))
+        assert heun < (ddim if num_steps < 10 else 0.6 * ddim), (num_steps, heun, ddim)
+
+
+def test_heun_samples_of_a_mixture_lie_near_its_modes_with_the_default_schedule_and_spacing():
+    schedule = make_schedule("cosine", 1000)
+    target = Mixture(
+        torch.tensor([0.4, 0.6]).double(), torch.tensor([[-0.8, 0.3], [0.7, -0.4]]).double(), variance=0.01
+    )
+    x_T = NoiseSource(0).normal((2,), torch.arange(2000), 1000).double()
+    samples = sample_heun(target.denoiser(schedule, "v"), x_T, make_grid("trailing", 1000, 10))
+    near = torch.cdist(samples, target.means).amin(dim=1) < 4 * target.variance**0.5
+    assert float(near.double().mean()) > 0.97
+
+
+def test_dpmpp_2m_errs_far_less_with_trailing_than_with_uniform_as_the_guide_says():
+    schedule, target = make_schedule("cosine", 1000), tilted_gaussian()
+    x_T = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)).double()
+    errors = {}
+    for spacing in ("trailing", "uniform"):
+        grid = make_grid(spacing, 1000, 20)
+        exact = target.flow(x_T, schedule.alpha_bar(grid[0][0]), 1.0)
+        errors[spacing] = float((sample_dpmpp_2m(target.denoiser(schedule, "v"), x_T, grid) - exact).abs().max())
+    assert errors["trailing"] < 0.015 and errors["uniform"] > 0.1, errors
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
@@ -401,3 +454,101 @@ def test_gaussian_oracle_agrees_with_numerical_integration():
             expected = (weight * x0).sum(1) / weight.sum(1)
             got = target.x0_given(x_t, torch.full((3, 1), a, dtype=torch.float64))
             torch.testing.assert_close(got[:, 0], expected, atol=1e-8, rtol=0)
+
+
+def with_variance(schedule, fraction=0.3):
+    """Return a denoiser of the tilted Gaussian that learned a variance between the two fixed ones, (B, 2) vectors."""
+    inner = tilted_gaussian().denoiser(schedule).network
+
+    def network(x, t, condition=None, self_condition=None):
+        return torch.cat([inner(x, t), (2 * fraction - 1) * torch.cos(x)], dim=1)
+
+    return Denoiser(network, schedule, "eps", clip=None, learned_variance=True)
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_own_loop_of_single_steps_equals_the_sampler_bit_for_bit(variance):
+    schedule = make_schedule("cosine", 60)
+    denoiser, grid = with_variance(schedule), make_grid("trailing", 60, 13)
+    noise = NoiseSource(0).for_samples((2,), torch.arange(4))
+    x_T = noise(60).double()
+    x = y = x_T
+    for t, t_prev in grid:
+        x = ddpm_step(denoiser, denoiser(x, t), x, t, t_prev, noise, variance)
+        y = ddim_step(denoiser, denoiser(y, t), t, t_prev, noise, eta="sigma_hat")
+    assert torch.equal(x, sample_ddpm(denoiser, x_T, grid, noise, variance=variance))
+    assert torch.equal(y, sample_ddim(denoiser, x_T, grid, noise, eta="sigma_hat"))
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize(("t", "t_prev"), [(59, 58), (59, 20), (20, 3), (1, 0), (0, -1), (7, -1)])
+def test_reverse_step_is_the_gaussian_that_the_ddpm_step_draws_from(variance, t, t_prev):
+    schedule = make_schedule("cosine", 60)
+    denoiser = with_variance(schedule)
+    noise = NoiseSource(0).for_samples((2,), torch.arange(4))
+    x_t = noise(60).double()
+    prediction = denoiser(x_t, t)
+    mean, log_variance = reverse_step(denoiser, prediction, x_t, t, t_prev, variance)
+    assert mean.shape == log_variance.shape == x_t.shape
+    expected = mean if t_prev < 0 else mean + torch.exp(0.5 * log_variance) * noise(t).double()
+    drawn = ddpm_step(denoiser, prediction, x_t, t, t_prev, noise, variance)
+    torch.testing.assert_close(drawn, expected, atol=1e-12, rtol=0)
+    if t_prev < 0:
+        torch.testing.assert_close(mean, prediction.x0, atol=1e-12, rtol=0)
+
+
+def test_reverse_step_has_the_tables_of_the_published_code():
+    """Improved DDPM's GaussianDiffusion: fixed_large is append(posterior_variance[1], betas[1:]), fixed_small clips the log."""
+    schedule = make_schedule("linear", 50)
+    denoiser, x_t = with_variance(schedule), torch.ones(3, 2).double()
+    betas = schedule.betas()
+    below = torch.cat([torch.ones(1).double(), schedule.alphas_cumprod[:-1]])
+    posterior_variance = betas * (1 - below) / (1 - schedule.alphas_cumprod)
+    small = torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log()
+    large = torch.cat([posterior_variance[1:2], betas[1:]]).log()
+    fraction = (0.3 * 2 - 1) * torch.cos(x_t) / 2 + 0.5
+    for t in (0, 1, 2, 30, 49):
+        prediction = denoiser(x_t, t)
+        expected = {"fixed_small": small[t], "fixed_large": large[t]}
+        expected["learned"] = fraction * betas[t].log() + (1 - fraction) * small[t]
+        for variance, value in expected.items():
+            got = reverse_step(denoiser, prediction, x_t, t, t - 1, variance).log_variance
+            torch.testing.assert_close(got, value.expand(3, 2), atol=1e-9, rtol=0)
+    other = reverse_step(denoiser, prediction, x_t, 10, -1, "fixed_small", floor=0.25)
+    torch.testing.assert_close(other.log_variance, torch.full((3, 2), math.log(0.25)).double())
+
+
+def test_gradients_flow_through_single_steps():
+    schedule = make_schedule("cosine", 60)
+    denoiser, noise = with_variance(schedule), NoiseSource(0).for_samples((2,), torch.arange(4))
+    for take in (
+        lambda prediction, x: ddpm_step(denoiser, prediction, x, 30, 20, noise, "learned"),
+        lambda prediction, x: ddim_step(denoiser, prediction, 30, 20, noise, 0.5),
+        lambda prediction, x: sum(reverse_step(denoiser, prediction, x, 30, 20, "learned")),
+    ):
+        x = noise(60).double().requires_grad_()
+        take(denoiser(x, 30), x).sum().backward()
+        assert x.grad is not None and bool((x.grad != 0).all())
+
+
+def test_bad_single_steps_are_refused_with_the_remedy():
+    schedule = make_schedule("cosine", 60)
+    denoiser, x_t, noise = with_variance(schedule), torch.ones(4, 2).double(), lambda t: torch.zeros(4, 2)
+    prediction, plain = denoiser(x_t, 30), tilted_gaussian().denoiser(schedule)
+    with pytest.raises(ValueError, match="eta must lie in 0 to 1"):
+        ddim_step(denoiser, prediction, 30, 20, noise, eta=1.5)
+    with pytest.raises(ValueError, match="pass noise="):
+        ddpm_step(denoiser, prediction, x_t, 30, 20)
+    for take in (functools.partial(ddpm_step, noise=noise), reverse_step):
+        with pytest.raises(ValueError, match="goes down, got t 20 and t_prev 30"):
+            take(denoiser, prediction, x_t, 20, 30)
+        with pytest.raises(ValueError, match="is for images"):
+            take(denoiser, prediction, x_t[:1], 30, 20)
+        with pytest.raises(ValueError, match="unknown variance"):
+            take(denoiser, prediction, x_t, 30, 20, variance="medium")
+        with pytest.raises(ValueError, match="learned_variance=True"):
+            take(plain, plain(x_t, 30), x_t, 30, 20, variance="learned")
+        with pytest.raises(ValueError, match="variance_fraction"):
+            take(denoiser, plain(x_t, 30), x_t, 30, 20, variance="learned")
+    with pytest.raises(ValueError, match="floor is a variance above 0"):
+        reverse_step(denoiser, prediction, x_t, 30, -1, floor=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,3 +141,30 @@ def test_bad_schedules_are_refused_with_the_remedy():
     for t in (-2, 1000, 5.0):
         with pytest.raises(ValueError, match="outside the schedule"):
             make_schedule("linear").alpha_bar(t)
+
+
+@pytest.mark.parametrize("num_steps", [100, 250, 1000, 4000])
+def test_explicit_ends_of_a_linear_schedule_are_taken_as_they_are(num_steps):
+    betas = make_schedule("linear", num_steps, start=1e-4, end=0.02).betas()
+    torch.testing.assert_close(betas, torch.linspace(1e-4, 0.02, num_steps).double(), rtol=1e-6, atol=1e-12)
+    only_end = make_schedule("linear", num_steps, end=0.05).betas()
+    assert float(only_end[0]) == pytest.approx(0.1 / num_steps, rel=1e-9) and float(only_end[-1]) == pytest.approx(0.05)
+    schedule = make_schedule("linear", num_steps, start=1e-4, end=0.02)
+    assert torch.equal(make_schedule(**schedule.config).alphas_cumprod, schedule.alphas_cumprod)
+
+
+def test_default_linear_schedule_is_unchanged_and_short_ones_reach_the_largest_beta():
+    expected = torch.cumprod(1 - torch.linspace(1e-3, 0.2, 100, dtype=torch.float64), 0)
+    assert torch.equal(make_schedule("linear", 100).alphas_cumprod, expected)
+    assert float(make_schedule("linear", 10).betas()[-1]) == pytest.approx(0.999)
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        make_schedule("linear", 10, end=1.5)
+
+
+@pytest.mark.parametrize("convert", [list, tuple, np.asarray, torch.tensor], ids=["list", "tuple", "array", "tensor"])
+def test_numbers_of_a_given_schedule_keep_all_their_digits(convert):
+    numbers = [0.9, 0.7, 0.1, 1e-9]
+    values = convert(numbers) if convert is not torch.tensor else torch.tensor(numbers, dtype=torch.float64)
+    schedule = given_schedule(values)
+    assert schedule.alphas_cumprod.tolist() == numbers == list(schedule.config["alphas_cumprod"])
+    assert NoiseSchedule(values).alphas_cumprod.tolist() == numbers

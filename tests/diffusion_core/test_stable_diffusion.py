@@ -224,11 +224,16 @@ def test_pipeline_in_bfloat16_takes_float32_latents(saved_pipeline):
     assert half.decode_latents(half.encode_images(picture())).shape == (1, 3, 8, 8)
 
 
+def test_noise_of_another_shape_than_the_latents_is_refused(model):
+    with pytest.raises(ValueError, match="noise has shape"):
+        model.encode_images(picture().expand(3, -1, -1, -1), noise=latents())
+
+
 def test_bad_input_is_refused_with_the_remedy(model):
     grid = make_grid("trailing", 1000, 2)
     with pytest.raises(ValueError, match="one prompt embedding per image"):
         sample_ddim(model.denoiser(1.0), latents(), grid)
-    with pytest.raises(ValueError, match=r"one prompt embedding per image \(2\)"):
+    with pytest.raises(ValueError, match="1 conditions were given for 2 images"):
         sample_ddim(model.denoiser(1.0), latents(count=2), grid, condition=model.encode_prompts(["a cat"]))
     with pytest.raises(ValueError, match="batch of floats"):
         model.encode_images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))

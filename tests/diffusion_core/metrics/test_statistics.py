@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion_core.metrics.frechet import frechet_distance
 from diffusion_core.metrics.statistics import GaussianStatistics, merge_statistics
 
 
@@ -72,3 +73,41 @@ def test_statistics_of_no_samples_change_nothing():
     for merged in (some.merge(none), none.merge(some), merge_statistics([none, some, none])):
         assert merged.n == 5 and np.array_equal(merged.scatter, some.scatter)
     assert none.merge(none).n == 0
+
+
+def test_published_moments_give_the_statistics_of_their_samples():
+    """A published file holds numpy's mean and covariance, here in float32 as some tools write it."""
+    features = np.random.RandomState(0).randn(50, 4) @ np.random.RandomState(1).randn(4, 4) + 3
+    exact = GaussianStatistics.from_features(features)
+    mu, sigma = features.mean(axis=0), np.cov(features, rowvar=False)
+    got = GaussianStatistics.from_moments(mu, sigma, 50)
+    np.testing.assert_allclose(got.scatter, exact.scatter, rtol=1e-12)
+    np.testing.assert_allclose(got.covariance, sigma, rtol=1e-12)
+    assert frechet_distance(got, exact) == pytest.approx(0.0, abs=1e-9) and not got.rank_deficient
+    other = GaussianStatistics.from_features(np.random.RandomState(2).randn(40, 4))
+    rounded = GaussianStatistics.from_moments(mu.astype(np.float32), sigma.astype(np.float32), 50)
+    assert frechet_distance(rounded, other) == pytest.approx(frechet_distance(exact, other), rel=1e-5)
+    merged = got.merge(other)
+    np.testing.assert_allclose(merged.covariance, exact.merge(other).covariance, rtol=1e-12)
+    few = GaussianStatistics.from_moments(np.zeros(4), np.diag([1.0, 2, 0, 0]), 3)
+    assert few.rank_deficient and frechet_distance(few, few) == pytest.approx(0.0, abs=1e-12)
+    assert got.covariance.flags.writeable and not np.shares_memory(got.scatter, sigma)
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "n", "named"),
+    [
+        (np.zeros(2), np.eye(2), 1, "at least 2"),
+        (np.zeros(2), np.eye(2), 10.5, "whole number"),
+        (np.zeros(2), np.eye(2), None, "whole number"),
+        (np.zeros(2), np.eye(3), 10, r"a mean \(D,\)"),
+        (np.eye(2), np.eye(2), 10, r"a mean \(D,\)"),
+        (np.array([0.0, np.nan]), np.eye(2), 10, "NaN"),
+        (np.zeros(2), np.array([[1.0, np.inf], [np.inf, 1.0]]), 10, "NaN or infinity"),
+        (np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]), 10, "symmetric"),
+        (np.zeros(2), np.array([[1.0, 2.0], [2.0, 1.0]]), 10, "negative eigenvalue"),
+    ],
+)
+def test_moments_that_are_no_mean_and_covariance_are_refused(mean, covariance, n, named):
+    with pytest.raises(ValueError, match=named):
+        GaussianStatistics.from_moments(mean, covariance, n)

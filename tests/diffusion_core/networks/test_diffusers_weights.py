@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffusion_core.networks.conditioning import ConditionSpec
 from diffusion_core.networks.diffusers_weights import (
@@ -15,7 +16,10 @@ from diffusion_core.networks.diffusers_weights import (
 )
 from diffusion_core.networks.unet import UNet
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is in the bench group: uv sync --group bench")
+
+def diffusers():
+    return pytest.importorskip("diffusers", reason="diffusers is in the bench group: uv sync --group bench")
+
 
 CIFAR10 = {  # google/ddpm-cifar10-32
     "sample_size": 32,
@@ -71,7 +75,18 @@ CASES = {
 
 def random_model(config):
     torch.manual_seed(0)
-    return diffusers.UNet2DModel(**config).eval()
+    return diffusers().UNet2DModel(**config).eval()
+
+
+def unet_from_config(config):
+    """Return our network with random weights for a diffusers config: needs no diffusers."""
+    torch.manual_seed(0)
+    options = config_from_diffusers(config)
+    options.pop("name")
+    network = UNet(condition=ConditionSpec(**options.pop("condition")), **options).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return network
 
 
 def inputs(config, batch=2):
@@ -102,7 +117,7 @@ def test_network_written_to_diffusers_folder_is_loaded_by_diffusers_and_read_bac
     ours = unet_from_diffusers(dict(source.config), source.state_dict()).eval()
     x, t, labels = inputs(CASES[case])
     write_diffusers_folder(ours, tmp_path / "model")
-    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "model").eval()
+    theirs = diffusers().UNet2DModel.from_pretrained(tmp_path / "model").eval()
     torch.testing.assert_close(theirs(x, t, labels).sample, ours(x, t, labels), atol=1e-5, rtol=0)
     again = read_diffusers_folder(tmp_path / "model", last_class_is_null=labels is not None)
     assert again.config == ours.config and again.condition == ours.condition
@@ -120,7 +135,7 @@ def test_null_class_is_the_last_embedding_of_diffusers():
     for parameter in ours.parameters():
         parameter.normal_(0, 0.05)
     config, weights = unet_to_diffusers(ours)
-    theirs = diffusers.UNet2DModel(**{k: v for k, v in config.items() if k != "_class_name"}).eval()
+    theirs = diffusers().UNet2DModel(**{k: v for k, v in config.items() if k != "_class_name"}).eval()
     theirs.load_state_dict(weights)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 500])
     torch.testing.assert_close(theirs(x, t, torch.tensor([4, 4])).sample, ours(x, t, None), atol=1e-5, rtol=0)
@@ -136,7 +151,7 @@ def test_class_network_without_a_null_is_written_back_unchanged(tmp_path):
     for name, value in source.state_dict().items():
         assert torch.equal(weights[name], value), name
     write_diffusers_folder(ours, tmp_path / "model", null_class=False)
-    assert diffusers.UNet2DModel.from_pretrained(tmp_path / "model").config.num_class_embeds == 5
+    assert diffusers().UNet2DModel.from_pretrained(tmp_path / "model").config.num_class_embeds == 5
 
 
 def test_weights_named_by_the_first_diffusers_releases_are_read():
@@ -171,8 +186,7 @@ def test_unsupported_diffusers_setting_is_refused_by_name(change, named):
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
-    source = random_model(SMALL)
-    config, weights = dict(source.config), source.state_dict()
+    config, weights = unet_to_diffusers(unet_from_config(SMALL))
     missing = {k: v for k, v in weights.items() if k != "mid_block.attentions.0.to_k.weight"}
     with pytest.raises(ValueError, match=r"mid_block\.attentions\.0\.to_k\.weight"):
         unet_from_diffusers(config, missing)
@@ -198,3 +212,140 @@ def test_network_that_diffusers_does_not_support_is_refused(options):
     )
     with pytest.raises(ValueError, match="UNet2DModel"):
         unet_to_diffusers(network)
+
+
+TINY = {**SMALL, "sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8}
+STEM = "diffusion_pytorch_model"
+SHARDED = {  # the names that diffusers gives to the files and to their index, now and in older releases
+    "plain": (None, f"{STEM}-{{}}.safetensors", f"{STEM}.safetensors.index.json"),
+    "fp16": ("fp16", f"{STEM}.fp16-{{}}.safetensors", f"{STEM}.safetensors.index.fp16.json"),
+    "old fp16": ("fp16", f"{STEM}-{{}}.fp16.safetensors", f"{STEM}.safetensors.fp16.index.json"),
+    "name with hyphens": ("non-ema", f"{STEM}.non-ema-{{}}.safetensors", f"{STEM}.safetensors.index.non-ema.json"),
+}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A network and the folder that holds only its config.json; its weights, to be written by the test."""
+    network = unet_from_config(TINY)
+    config, weights = unet_to_diffusers(network)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return network, weights, tmp_path
+
+
+def write_shards(folder, weights, names, index_name):
+    """Write the weights in three files and their index."""
+    keys = sorted(weights)
+    parts = {names.format(f"{i + 1:05}-of-00003"): keys[i::3] for i in range(3)}
+    for name, part in parts.items():
+        save_file({key: weights[key] for key in part}, folder / name)
+    places = {key: name for name, part in parts.items() for key in part}
+    (folder / index_name).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return list(parts)
+
+
+def assert_same(network, other, dtype=torch.float32):
+    for name, value in network.state_dict().items():
+        assert other.state_dict()[name].dtype == torch.float32
+        assert torch.equal(other.state_dict()[name], value.to(dtype).float()), name
+
+
+@pytest.mark.parametrize("layout", SHARDED)
+def test_weights_in_several_files_are_read_by_their_index(written, layout):
+    network, weights, folder = written
+    variant, names, index_name = SHARDED[layout]
+    dtype = torch.float32 if variant is None else torch.float16
+    write_shards(folder, {name: value.to(dtype) for name, value in weights.items()}, names, index_name)
+    assert_same(network, read_diffusers_folder(folder, variant=variant), dtype)
+    other = "fp16" if variant is None else None
+    found = "no variant" if variant is None else f"variant='{variant}'"
+    with pytest.raises(ValueError, match=f"it has weights for {found}$"):
+        read_diffusers_folder(folder, variant=other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_variant_is_read_into_a_float32_network_and_others_are_named(written, dtype):
+    network, weights, folder = written
+    save_file({name: value.to(dtype) for name, value in weights.items()}, folder / f"{STEM}.fp16.safetensors")
+    read = read_diffusers_folder(folder, variant="fp16")
+    assert_same(network, read, dtype)
+    x, t, _ = inputs(TINY)
+    with torch.no_grad():
+        torch.testing.assert_close(read(x, t), network(x, t), atol=0.05, rtol=0.05)
+    with pytest.raises(ValueError, match=r"no diffusion_pytorch_model\.safetensors; it has weights for variant='fp16'"):
+        read_diffusers_folder(folder)
+    save_file(weights, folder / f"{STEM}.safetensors")
+    assert_same(network, read_diffusers_folder(folder))
+    with pytest.raises(ValueError, match="it has weights for no variant, variant='fp16'"):
+        read_diffusers_folder(folder, variant="ema")
+    for variant in ("", "../fp16", "fp16.index", 16):
+        with pytest.raises(ValueError, match="a variant is a name such as"):
+            read_diffusers_folder(folder, variant=variant)
+
+
+def test_index_is_preferred_to_a_single_file_as_in_diffusers(written):
+    network, weights, folder = written
+    save_file({name: torch.zeros_like(value) for name, value in weights.items()}, folder / f"{STEM}.safetensors")
+    write_shards(folder, weights, *SHARDED["plain"][1:])
+    assert_same(network, read_diffusers_folder(folder))
+
+
+def test_damaged_index_or_file_is_refused_by_name(written):
+    _, weights, folder = written
+    with pytest.raises(ValueError, match="it does not exist"):
+        read_diffusers_folder(folder)
+    first, second, third = write_shards(folder, weights, *SHARDED["plain"][1:])
+    index = folder / SHARDED["plain"][2]
+    described = json.loads(index.read_text())
+    some = next(key for key, name in described["weight_map"].items() if name == second)
+    content = load_file(folder / second)
+    save_file({key: value for key, value in content.items() if key != some}, folder / second)
+    with pytest.raises(ValueError, match=f"lack {some}"):
+        read_diffusers_folder(folder)
+    other = next(key for key, name in described["weight_map"].items() if name == first)
+    save_file({**content, other: weights[other]}, folder / second)
+    with pytest.raises(ValueError, match=f"holds {other}, which another file holds too"):
+        read_diffusers_folder(folder)
+    (folder / second).write_bytes(b"{}")
+    with pytest.raises(ValueError, match=f"cannot read .*{second}"):
+        read_diffusers_folder(folder)
+    (folder / third).unlink()
+    (folder / second).unlink()
+    with pytest.raises(ValueError, match=f"cannot read .*{second}"):
+        read_diffusers_folder(folder)
+    for broken in ({}, {"weight_map": {}}, {"weight_map": {"a": 1}}, {"weight_map": [1]}, []):
+        index.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="has no weight_map"):
+            read_diffusers_folder(folder)
+    index.write_text(json.dumps({"weight_map": {some: "../elsewhere.safetensors"}}))
+    with pytest.raises(ValueError, match="which is no file of this folder"):
+        read_diffusers_folder(folder)
+
+
+def test_pickles_are_not_read_and_their_name_is_stated(written):
+    _, _, folder = written
+    (folder / f"{STEM}.fp16.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"fp16\.bin is a pickle.*safe_serialization=True"):
+        read_diffusers_folder(folder, variant="fp16")
+
+
+def test_config_of_another_network_is_refused_by_its_class(written):
+    _, weights, folder = written
+    save_file(weights, folder / f"{STEM}.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": "UNet2DConditionModel"}))
+    with pytest.raises(ValueError, match="_class_name='UNet2DConditionModel' is not supported"):
+        read_diffusers_folder(folder)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("shard", [None, "40KB"])
+@torch.no_grad()
+def test_folder_that_diffusers_writes_in_any_layout_gives_the_output_of_diffusers(tmp_path, variant, shard):
+    theirs = random_model(TINY)
+    theirs.save_pretrained(tmp_path, variant=variant, **({} if shard is None else {"max_shard_size": shard}))
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard is not None)
+    x, t, _ = inputs(TINY)
+    torch.testing.assert_close(
+        read_diffusers_folder(tmp_path, variant=variant).eval()(x, t), theirs(x, t).sample, atol=1e-5, rtol=0
+    )

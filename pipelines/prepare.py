@@ -13,13 +13,25 @@ from pipelines.preparation.sources import SourceSettings, open_source
 from pipelines.stage import DATA, LISTING_RECORDS, METRICS, PLOTS, check_writable, log, run_stage
 from pipelines.tables import write_csv
 from pipelines.tracking import stage_run
+from pipelines.workspace import resolve_root
 
 
 def prepare(params: Params, run: RunSettings) -> None:
     """Read the data source that params.yaml names and write artifacts/data: shards of uint8 images, conditions, a manifest."""
     settings = params.prepare
     check_writable(DATA.parent, METRICS, PLOTS)
-    source = open_source(SourceSettings(settings.source, settings.dataset, settings.root, settings.download))
+    root = str(resolve_root(settings.root)) if settings.root else None
+    source = open_source(
+        SourceSettings(settings.source, settings.dataset, root, settings.download, settings.dataset_options)
+    )
+    for group in source.ignored:
+        log.info(
+            "ignored: %d files %s: %s (first: %r)",
+            group.files,
+            group.suffix or "without suffix",
+            group.reason,
+            group.first,
+        )
     with atomic_folder(DATA) as folder:
         manifest = write_data_set(
             folder,
@@ -33,7 +45,13 @@ def prepare(params: Params, run: RunSettings) -> None:
         )
     files = [file for items in source.items.values() for file in items.files]
     if files:
-        record_listing(DATA, LISTING_RECORDS, str(settings.root), files)
+        record_listing(DATA, LISTING_RECORDS, next(iter(source.items.values())).root, files)
+    if manifest.ignored_profiles:
+        log.warning(
+            "the colour profiles of %d images were ignored, their pixels read as sRGB (first: %s)",
+            len(manifest.ignored_profiles),
+            manifest.ignored_profiles[0],
+        )
     metrics = {
         "train_images": manifest.counts["train"],
         "test_images": manifest.counts["test"],
@@ -56,11 +74,12 @@ def prepare(params: Params, run: RunSettings) -> None:
         tracked.log_metrics(metrics)
         tracked.log_artifact(DATA / "manifest.json")
     log.info(
-        "%d train and %d test images of %d classes, %d skipped",
+        "%d train and %d test images of %d classes, %d skipped, %d files ignored",
         manifest.counts["train"],
         manifest.counts["test"],
         len(manifest.class_names),
         len(manifest.skipped),
+        sum(group["files"] for group in manifest.ignored),
     )
 
 

@@ -20,11 +20,16 @@ from diffusion_core.storage import atomic_path, file_sha256, read_json, write_js
 
 MANIFEST_VERSION = 1
 SPLITS = ("train", "test")
+IGNORED_FIELDS = {"reason": str, "suffix": str, "files": int, "first": str}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of the data set. ``shape`` is (H, W, C); ``shards`` names the files of each split, in order."""
+    """Contents of the data set. ``shape`` is (H, W, C); ``shards`` names the files of each split, in order.
+
+    ``ignored``: files of the image folder that were not read, counted by reason and suffix; ``ignored_profiles``: images
+    whose colour profile could not be used. Both are empty in a manifest of an older version of the prepare stage.
+    """
 
     counts: Mapping[str, int]
     class_counts: Mapping[str, Sequence[int]]
@@ -34,6 +39,8 @@ class Manifest:
     skipped: Sequence[str]
     shards: Mapping[str, Sequence[Mapping[str, Any]]]
     content_hash: str
+    ignored: Sequence[Mapping[str, Any]] = ()
+    ignored_profiles: Sequence[str] = ()
 
 
 def write_shards(
@@ -79,6 +86,10 @@ def read_manifest(folder: Path) -> Manifest:
             skipped=list(tree["skipped"]),
             shards={split: [dict(shard) for shard in tree["shards"][split]] for split in SPLITS},
             content_hash=str(tree["content_hash"]),
+            ignored=[
+                {key: kind(group[key]) for key, kind in IGNORED_FIELDS.items()} for group in tree.get("ignored", [])
+            ],
+            ignored_profiles=[str(name) for name in tree.get("ignored_profiles", [])],
         )
         for split in SPLITS:
             described = sum(int(shard["count"]) for shard in manifest.shards[split])

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipelines.params.sections import (
+    NAME,
     NonNegative,
     Positive,
     PositiveInt,
@@ -30,16 +31,16 @@ Gpus = Annotated[NonNegative | Auto, Field(description="a number of at least 0, 
 class RayRun(Section):
     """The Ray cluster to join or start, and the storage its nodes share."""
 
-    address: str | None = None
+    address: Annotated[str, Field(pattern=NAME)] | None = None
     num_cpus: Count = "auto"
-    storage: Annotated[str, Field(min_length=1)] = "runs"
+    storage: Annotated[str, Field(pattern=NAME)] = "runs"
 
 
 class TrackingRun(Section):
     """MLflow store and experiment."""
 
-    uri: str | None = None
-    experiment: Annotated[str, Field(min_length=1)] = "rediffuse"
+    uri: Annotated[str, Field(pattern=NAME)] | None = None
+    experiment: Annotated[str, Field(pattern=NAME)] = "rediffuse"
 
 
 class ReferenceRun(Section):

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pipelines.params.run_settings import MOVED_HERE
 from pipelines.params.sections import (
     MODEL_NAME,
+    NAME,
     SHA256,
     Fraction,
     NonNegative,
@@ -39,6 +40,9 @@ class Prepare(Section):
 
     source: Literal["digits", "torchvision", "folder"]
     dataset: str | None = None
+    dataset_options: Annotated[
+        dict[str, Any], Field(default_factory=dict, description="arguments of the data set's class by name")
+    ]
     root: str | None = None
     download: bool = True
     image_size: Annotated[int, Field(ge=4, le=1024)]
@@ -76,6 +80,23 @@ class Prepare(Section):
             f"only with prepare.source torchvision, not {self.source}: set it to null",
         )
         require(
+            self.source == "torchvision" or not self.dataset_options,
+            "prepare.dataset_options",
+            str(self.dataset_options),
+            f"only with prepare.source torchvision, not {self.source}: set it to {{}}",
+        )
+        for name, option in self.dataset_options.items():
+            values = option if isinstance(option, list) else option.values() if isinstance(option, dict) else [option]
+            require(
+                all(isinstance(value, str | int | float | None) for value in values),
+                f"prepare.dataset_options.{name}",
+                str(option),
+                "a string, number, true, false or null, a list of them, or a mapping to them",
+            )
+        for key in ("dataset", "root"):
+            value = getattr(self, key)
+            require(value is None or value.strip() != "", f"prepare.{key}", repr(value), "a name that is not blank")
+        require(
             self.source != "digits" or self.root is None,
             "prepare.root",
             repr(self.root),
@@ -102,6 +123,12 @@ class Reference(Section):
                 repr(getattr(self, key)),
                 "only with reference.extractor inception-v3-compat: set it to null",
             )
+        require(
+            self.inception_weights is None or self.inception_weights.strip() != "",
+            "reference.inception_weights",
+            repr(self.inception_weights),
+            "a path that is not blank",
+        )
         require(
             self.inception_sha256 is None or self.inception_weights is not None,
             "reference.inception_sha256",
@@ -251,7 +278,7 @@ class Evaluate(Section):
 class Register(Section):
     """The model's name in the registry, and the sampler setting at which the gate compares."""
 
-    model_name: Annotated[str, Field(min_length=1, pattern=MODEL_NAME)]
+    model_name: Annotated[str, Field(pattern=MODEL_NAME)]
     eta: Eta = 0.0
     steps: PositiveInt = 50
 
@@ -259,7 +286,7 @@ class Register(Section):
 class Report(Section):
     """The page."""
 
-    title: Annotated[str, Field(min_length=1)]
+    title: Annotated[str, Field(pattern=NAME)]
 
 
 class Params(Section):

@@ -17,10 +17,13 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 SHA256 = r"^[0-9a-fA-F]{64}$"
-MODEL_NAME = r"^[^/:.%\"']+(\.[^/:.%\"']+\.[^/:.%\"']+)?$"
+NAME = r"^[^\s\p{C}]([^\p{C}]*[^\s\p{C}])?$"
+_PART = r"[^/:.%\"'\s\p{C}]([^/:.%\"'\p{C}]*[^/:.%\"'\s\p{C}])?"
+MODEL_NAME = rf"^{_PART}(\.{_PART}\.{_PART})?$"
 PATTERNS = {
+    NAME: "a text that is not blank, without spaces at its ends or invisible characters",
     SHA256: "64 hexadecimal digits",
-    MODEL_NAME: "a name without / : . % and quotes, or catalog.schema.name in Unity Catalog",
+    MODEL_NAME: "a name that is not blank, without / : . %, quotes, spaces at its ends or invisible characters, or catalog.schema.name in Unity Catalog",
 }
 
 _reads: set[tuple[str, str]] | None = None
@@ -158,7 +161,6 @@ def _explain(schema: type[BaseModel], error: Any, moved: Mapping[str, str]) -> s
         "finite_number": "a finite number",
         "too_short": "at least {min_length} entries",
         "too_long": "at most {max_length} entries",
-        "string_too_short": "a string that is not empty",
         "model_type": "a section of keys",
         "model_attributes_type": "a section of keys",
         "dict_type": "a section of keys",

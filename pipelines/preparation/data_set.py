@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.data.listing import write_listing
 from pipelines.data.shards import SPLITS, Manifest, open_split, write_manifest, write_shards
-from pipelines.preparation.decoding import Transform, decode
+from pipelines.preparation.decoding import Transform, decode, is_readable
 from pipelines.preparation.sources import Source
 from pipelines.preparation.splits import limit_items, split_items
+
+log = logging.getLogger("rediffuse")
 
 
 def write_data_set(
@@ -38,16 +42,19 @@ def write_data_set(
         )
     if "all" in source.items:
         whole = source.items["all"]
-        chosen = split_items(whole, len(names), test_fraction, seed)
+        chosen = split_items(
+            whole, len(names), test_fraction, seed, names, lambda index: is_readable(whole, index, transform)
+        )
         items = dict.fromkeys(SPLITS, whole)
     else:
         items = source.items
         chosen = {split: np.arange(len(items[split].labels)) for split in SPLITS}
     skipped: list[str] = []
+    profiles: list[str] = []
     shards, class_counts = {}, {}
     for split in SPLITS:
         indices = limit_items(items[split].labels, chosen[split], max_images, seed)
-        counter = _Counter(decode(items[split], indices, transform, skip_broken, skipped), len(names))
+        counter = _Counter(decode(items[split], indices, transform, skip_broken, skipped, profiles), len(names))
         shards[split] = write_shards(folder, split, counter, shard_size)
         class_counts[split] = counter.counts.tolist()
         _check_classes(split, class_counts[split], names, max_images)
@@ -63,6 +70,8 @@ def write_data_set(
         transform=transform.describe(),
         skipped=skipped,
         shards=shards,
+        ignored=[asdict(group) for group in source.ignored],
+        ignored_profiles=profiles,
     )
 
 
@@ -98,3 +107,5 @@ def _check_classes(split: str, counts: list[int], names: tuple[str, ...], max_im
     if split == "train" and empty:
         cause = "raise prepare.max_images" if max_images is not None else "add images of it or remove the class"
         raise ValueError(f"class {empty[0]!r} has no training image: {cause}")
+    if empty:
+        log.warning("%d classes have no test image: %s", len(empty), ", ".join(map(repr, empty[:8])))

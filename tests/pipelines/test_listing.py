@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.data import listing
-from pipelines.data.listing import image_files, listing_changes, record_listing, write_listing
+from pipelines.data.listing import listing_changes, read_image_folder, record_listing, write_listing
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def save(path: Path, content: str) -> None:
 
 
 def prepare(root: Path) -> None:
-    files = [file for name in ("cat", "dog") for file in image_files(root / name, root)]
+    files = [file for own in read_image_folder(root).parts["all"].values() for file in own]
     write_listing(root.parent, [(file, hashlib.sha256((root / file.path).read_bytes()).hexdigest()) for file in files])
     record_listing(root.parent, root.parent / "records", str(root), files)
 

@@ -101,7 +101,13 @@ WRONG = [
     ({"register__steps": 7}, "register.steps", "one of evaluate.steps"),
     ({"register__eta": 0.3}, "register.eta", "one of evaluate.etas"),
     ({"register__model_name": "a/b"}, "register.model_name", "without"),
-    ({"report__title": ""}, "report.title", "not empty"),
+    ({"register__model_name": " "}, "register.model_name", "not blank"),
+    ({"register__model_name": "digits "}, "register.model_name", "not blank"),
+    ({"register__model_name": "di\ngits"}, "register.model_name", "not blank"),
+    ({"register__model_name": "\u200b"}, "register.model_name", "not blank"),
+    ({"register__model_name": "main. .digits"}, "register.model_name", "not blank"),
+    ({"report__title": "  "}, "report.title", "not blank"),
+    ({"report__title": ""}, "report.title", "not blank"),
 ]
 
 

@@ -20,9 +20,15 @@ from pipelines.identity import State
 from pipelines.params import RayRun
 from pipelines.resources import Node, TaskPlan, TrainingPlan
 from pipelines.stage import log, quiet_environment
+from pipelines.workspace import in_project
 
 _started_here = False
 """Whether `ray_session` started the Ray that is in use."""
+LONGEST_SOCKET = 107
+"""The longest path of a socket in bytes that Linux allows."""
+RAY_SOCKET = "/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
+PYTHON_SOCKET = "/pymp-xxxxxxxx/listener-xxxxxxxx"
+"""The longest sockets below Ray's folder and below the temporary folder: Ray's processes use `multiprocessing`."""
 
 
 @contextmanager
@@ -44,13 +50,15 @@ def ray_session(settings: RayRun) -> Iterator[None]:
         yield
         return
     if local:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)) if settings.num_cpus == "auto" else settings.num_cpus,
-            log_to_driver=True,
-            logging_level=logging.WARNING,
-            dashboard_host="127.0.0.1",
-        )
+        with _short_folders() as folders:
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)) if settings.num_cpus == "auto" else settings.num_cpus,
+                log_to_driver=True,
+                logging_level=logging.WARNING,
+                dashboard_host="127.0.0.1",
+                **folders,
+            )
     else:
         import diffusion_core
         import pipelines
@@ -127,7 +135,7 @@ def state_storage(storage: str, stage: str, state: State) -> str:
     """
     if is_uri(storage):
         return f"{storage.rstrip('/')}/{stage}/{state.key}"
-    return str((Path(storage) / stage / state.key).absolute())
+    return str((in_project(storage) / stage / state.key).absolute())
 
 
 def check_resources(count: int, cpus: float, gpus: float, what: str, remedy: str) -> None:
@@ -201,6 +209,44 @@ def _best_precision(device_type: str) -> str:
 
 def _exist(paths: list[str]) -> list[bool]:
     return [Path(path).exists() for path in paths]
+
+
+@contextmanager
+def _short_folders() -> Iterator[dict[str, Any]]:
+    """Yield the settings of a local Ray for a TMPDIR or RAY_TMPDIR whose path is too long for sockets; none if it is not.
+
+    Ray's folder is then a short one, but objects spill to the default. Processes that start inside of the block get a short TMPDIR.
+    """
+    temporary = os.environ.get("TMPDIR") or "/tmp"
+    default = Path(os.environ.get("RAY_TMPDIR") or temporary, "ray").absolute()
+    settings, former = {}, os.environ.get("TMPDIR")
+    if len(os.fsencode(default)) + len(RAY_SOCKET) > LONGEST_SOCKET:
+        default.mkdir(parents=True, exist_ok=True)
+        settings = {"_temp_dir": str(_short_folder()), "object_spilling_directory": str(default)}
+        log.info("Ray's folder is %s: %s is too long for its sockets", settings["_temp_dir"], default)
+    if len(os.fsencode(temporary)) + len(PYTHON_SOCKET) > LONGEST_SOCKET:
+        os.environ["TMPDIR"] = str(_short_folder())
+    try:
+        yield settings
+    finally:
+        if former is not None:
+            os.environ["TMPDIR"] = former
+
+
+def _short_folder() -> Path:
+    """Return this user's folder with a short path. Raises ValueError if there is no place for one."""
+    for parent in ("/tmp", "/var/tmp", "/dev/shm"):
+        folder = Path(parent, f"ray-{os.getuid()}")
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError:
+            continue
+        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+            return folder
+    allowed = LONGEST_SOCKET - len(RAY_SOCKET) - len("/ray")
+    raise ValueError(
+        f"TMPDIR or RAY_TMPDIR is too long for Ray's sockets: set both to a folder whose path has at most {allowed} characters"
+    )
 
 
 def _forwarded_environment() -> dict[str, str]:

@@ -15,7 +15,6 @@ import ast
 import hashlib
 import json
 import logging
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import diffusion_core
-from diffusion_core.storage import read_json, write_json, write_text
+from diffusion_core.storage import read_json, write_json
+from pipelines.workspace import RUNS
 
 log = logging.getLogger("rediffuse")
 
@@ -33,6 +33,8 @@ MACHINERY = (
     "pipelines.params",
     "pipelines.stage",
     "pipelines.identity",
+    "pipelines.workspace",
+    "pipelines.local_store",
     "pipelines.resources",
     "pipelines.cluster",
     "pipelines.devices",
@@ -46,7 +48,6 @@ MACHINERY = (
 )
 """Modules and packages that decide where and how a result is computed, but not the result."""
 
-RUNS = Path("runs")
 IDENTITY_FILE, CONTINUES_FILE, CONTINUED_FILE = "identity.json", "continues.json", "continued.json"
 RECORDS = (IDENTITY_FILE, CONTINUES_FILE, CONTINUED_FILE)
 """Files of a state folder that hold no work and do not point to any."""
@@ -179,14 +180,6 @@ def import_closure(modules: Sequence[str], without: Sequence[str] = ()) -> dict[
 def source_digest(path: Path) -> str:
     """SHA-256 of a module's syntax tree without docstrings: comments, layout and docstrings do not change it."""
     return _digest_of(path.read_bytes())
-
-
-def workspace_id() -> str:
-    """The name of this working copy, made once. It keeps its MLflow runs apart from those of other copies on the same server."""
-    path = RUNS / "workspace"
-    if not path.exists():
-        write_text(path, uuid.uuid4().hex[:12] + "\n")
-    return path.read_text(encoding="utf-8").strip()
 
 
 @lru_cache(maxsize=1024)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from diffusion_core.storage import write_text
 from pipelines.data.listing import listing_changes
-from pipelines.identity import RUNS
 from pipelines.params import (
     PARAMS_PATH,
     Params,
@@ -26,6 +25,7 @@ from pipelines.params import (
     record_reads,
     recorded_reads,
 )
+from pipelines.workspace import RUNS, project_run_settings
 
 DATA = Path("artifacts/data")
 REFERENCE = Path("artifacts/reference")
@@ -88,7 +88,7 @@ def run_stage(name: str, work: Callable[[Params, RunSettings], None]) -> None:
     with one_line_errors(name):
         params = load_params(arguments.params)
         declared = read_yaml(Path("dvc.yaml"))["stages"][name].get("params", [])
-        run = load_run_settings(arguments.run)
+        run = load_run_settings(arguments.run) if arguments.run else project_run_settings()
         with stage_lock(name):
             started = time.monotonic()
             if name != "prepare" and (changes := listing_changes(DATA, LISTING_RECORDS)) is not None:

@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from diffusion_core.storage import read_json, write_json
-from pipelines.identity import workspace_id
+from pipelines.local_store import ARTIFACTS, DATABASE, local_path, reanchor
 from pipelines.params import TrackingRun
-from pipelines.stage import METRICS, PLOTS, RUNS, log, quiet_environment
+from pipelines.stage import METRICS, PLOTS, log, quiet_environment
+from pipelines.workspace import current_workspace, in_project, project_root
 
 T = TypeVar("T")
 KEY_TAG, STAGE_TAG, WORKSPACE_TAG = "rediffuse.key", "rediffuse.stage", "rediffuse.workspace"
@@ -30,13 +31,16 @@ PARENT_TAG = "mlflow.parentRunId"
 METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
 LONGEST_PARAM = 6000
-LAST_STORES = RUNS / "mlflow_stores.json"
+LAST_STORES = "runs/mlflow_stores.json"
 """The stores that the last run wrote to, without credentials."""
 
 
 def tracking_uri(tracking: TrackingRun) -> str:
-    """Return the configured store: tracking.uri, else MLFLOW_TRACKING_URI, else mlflow.db in the project (absolute)."""
-    return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    """Return the configured store: tracking.uri, else MLFLOW_TRACKING_URI, else mlflow.db in the project.
+
+    The path of a SQLite file is absolute; a relative one belongs to the project, also in a subfolder and a temporary workspace.
+    """
+    return _anchored(tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DATABASE}")
 
 
 def registry_uri(tracking: TrackingRun) -> str:
@@ -46,14 +50,68 @@ def registry_uri(tracking: TrackingRun) -> str:
     """
     uri = tracking_uri(tracking)
     default = uri.replace("databricks", "databricks-uc", 1) if _is_databricks(uri) else uri
-    return os.environ.get("MLFLOW_REGISTRY_URI") or default
+    return _anchored(os.environ.get("MLFLOW_REGISTRY_URI") or default)
 
 
 def connect(tracking: TrackingRun) -> Any:
     """Return an MlflowClient of the configured stores. Creates their tables and the experiment before workers write.
 
-    Raises ValueError if a store cannot be reached or is MLflow's old file store.
+    Raises ValueError if a store cannot be reached, is MLflow's old file store, or keeps its artifacts where this project is not.
     """
+    uri, registry = _usable_stores(tracking)
+    from mlflow.exceptions import MlflowException
+
+    _follow_the_project(uri, registry)
+    try:
+        with contextlib.chdir(project_root()):  # MLflow puts a new store's artifacts below the working folder
+            client = _client(uri, registry)
+            if client.get_experiment_by_name(tracking.experiment) is None:
+                location = (project_root() / ARTIFACTS).as_uri() if uri.startswith("sqlite") else None
+                with contextlib.suppress(MlflowException):  # another process has just created it
+                    client.create_experiment(tracking.experiment, artifact_location=location)
+            experiment = client.get_experiment_by_name(tracking.experiment)
+        if experiment is None:
+            raise MlflowException(f"the experiment {tracking.experiment} is deleted or cannot be created")
+    except Exception as error:
+        raise ValueError(
+            f"MLflow store {without_credentials(uri)} cannot be used: {_first_line(error)}; check tracking.uri or MLFLOW_TRACKING_URI"
+        ) from None
+    if _in_project(uri) is not None:
+        place = local_path(experiment.artifact_location)
+        if place is not None and not place.is_relative_to(project_root()) and not place.exists():
+            raise ValueError(
+                f"the experiment {tracking.experiment} in {without_credentials(uri)} keeps its artifacts in {place}, which does not exist: bring the "
+                "folder back, or set another tracking.experiment"
+            )
+    return client
+
+
+def connect_to_read(tracking: TrackingRun) -> Any:
+    """Return an MlflowClient of the configured stores for a command that only reads. It creates no store.
+
+    Raises ValueError if the store of the models does not exist.
+    """
+    uri, registry = _usable_stores(tracking)
+    missing = _database_of(registry)
+    if missing is not None and not missing.exists():
+        raise ValueError(
+            f"MLflow store {without_credentials(registry)} does not exist yet: no model has been registered; run dvc repro, or check tracking.uri"
+        )
+    _follow_the_project(uri, registry)
+    return _client(uri, registry)
+
+
+def _client(uri: str, registry: str) -> Any:
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(registry)
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=registry)
+
+
+def _usable_stores(tracking: TrackingRun) -> tuple[str, str]:
+    """Return the addresses of the stores. Raises ValueError if one is of a kind that is not supported."""
     quiet_environment()
     uri, registry = tracking_uri(tracking), registry_uri(tracking)
     for store in (uri, registry):
@@ -67,25 +125,26 @@ def connect(tracking: TrackingRun) -> Any:
             f"tracking.experiment: given {tracking.experiment!r}, allowed a workspace path on Databricks, "
             f"such as /Shared/{tracking.experiment}"
         )
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    import mlflow
-    from mlflow.exceptions import MlflowException
+    return uri, registry
 
-    try:
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(registry)
-        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=registry)
-        if client.get_experiment_by_name(tracking.experiment) is None:
-            location = Path("mlartifacts").resolve().as_uri() if uri.startswith("sqlite:") else None
-            with contextlib.suppress(MlflowException):  # another process has just created it
-                client.create_experiment(tracking.experiment, artifact_location=location)
-        if client.get_experiment_by_name(tracking.experiment) is None:
-            raise MlflowException(f"the experiment {tracking.experiment} is deleted or cannot be created")
-    except Exception as error:
-        raise ValueError(
-            f"MLflow store {without_credentials(uri)} cannot be used: {_first_line(error)}; check tracking.uri or MLFLOW_TRACKING_URI"
-        ) from None
-    return client
+
+def _follow_the_project(*stores: str) -> None:
+    """Rewrite the locations in the stores in the project's folder if the project has been moved or copied."""
+    for store in dict.fromkeys(stores):
+        database = _in_project(store)
+        if database is None or not database.exists():
+            continue
+        root = project_root()
+        counts = reanchor(database, current_workspace().former_roots, root)
+        for old, count in counts.items():
+            log.info("%s: %d locations in %s are now in %s", without_credentials(store), count, old, root)
+        if counts and not (root / ARTIFACTS).is_dir():
+            log.warning(
+                "%s names artifacts that are not in this project: copy %s from %s, or earlier models cannot be loaded",
+                without_credentials(store),
+                ARTIFACTS,
+                " or ".join(map(str, counts)),
+            )
 
 
 @dataclass(frozen=True)
@@ -174,11 +233,13 @@ def stage_run(
     client = connect(tracking)
     report_changed_store(tracking)
     experiment_id = client.get_experiment_by_name(tracking.experiment).experiment_id
-    workspace = workspace_id()
-    identity = {KEY_TAG: f"{workspace}/{stage}/{key}", STAGE_TAG: stage, WORKSPACE_TAG: workspace}
+    workspace = current_workspace()
+    identity = {KEY_TAG: f"{workspace.id}/{stage}/{key}", STAGE_TAG: stage, WORKSPACE_TAG: workspace.id}
     everything = {**identity, "rediffuse.fingerprint": key, **_git_tags(), **tags}
     run = _open(client, experiment_id, stage, everything, settings, tags)
-    _end_abandoned(run, workspace, stage)
+    own_store = _in_project(tracking_uri(tracking)) is not None  # a copied store also holds the runs of the original
+    for name in (workspace.id, *(workspace.former_ids if own_store else ())):
+        _end_abandoned(run, name, stage)
     run.log_dict(dict(settings), "params.json")
     try:
         yield run
@@ -202,9 +263,10 @@ def find_runs(client: Any, experiment_id: str, tags: Mapping[str, str]) -> list[
 
 def changed_store(tracking: TrackingRun) -> str | None:
     """Return one line that says where the earlier runs and champions are if the stores have changed, else None."""
-    if not LAST_STORES.exists():
+    record = in_project(LAST_STORES)
+    if not record.exists():
         return None
-    former, now = read_json(LAST_STORES), _stores(tracking)
+    former, now = read_json(record), _stores(tracking)
     lines = []
     for kind, what, setting in (
         ("tracking", "runs", "tracking.uri"),
@@ -220,17 +282,18 @@ def report_changed_store(tracking: TrackingRun) -> None:
     changed = changed_store(tracking)
     if changed:
         log.warning("%s", changed)
-    if changed or not LAST_STORES.exists():
-        write_json(LAST_STORES, _stores(tracking))
+    record = in_project(LAST_STORES)
+    if changed or not record.exists():
+        write_json(record, _stores(tracking))
 
 
 def without_credentials(uri: str) -> str:
     """Return a store's address without credentials, and relative to the project if it is a file in it."""
     parts = urlsplit(uri)
     if parts.scheme.startswith("sqlite"):
-        path = Path(uri.partition(":///")[2])
-        inside = path.resolve().is_relative_to(Path.cwd())
-        return f"{parts.scheme}:///{path.resolve().relative_to(Path.cwd()) if inside else path}"
+        path, root = Path(uri.partition(":///")[2]), project_root()
+        place = (root / path).resolve()
+        return f"{parts.scheme}:///{place.relative_to(root) if place.is_relative_to(root) else path}"
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
@@ -239,6 +302,28 @@ def _stores(tracking: TrackingRun) -> dict[str, str]:
         "tracking": without_credentials(tracking_uri(tracking)),
         "registry": without_credentials(registry_uri(tracking)),
     }
+
+
+def _database_of(uri: str) -> Path | None:
+    """Return the file of a SQLite store, or None."""
+    path = uri.partition(":///")[2].partition("?")[0]
+    return project_root() / path if uri.startswith("sqlite") and path else None
+
+
+def _in_project(uri: str) -> Path | None:
+    """Return the file of a SQLite store that lies in the project's folder, or None."""
+    database = _database_of(uri)
+    return database if database is not None and database.resolve().is_relative_to(project_root()) else None
+
+
+def _anchored(uri: str) -> str:
+    """Return a store's address; the path of a SQLite file becomes absolute."""
+    database = _database_of(uri)
+    if database is None:
+        return uri
+    before, _, path = uri.partition(":///")
+    _, mark, query = path.partition("?")
+    return f"{before}:///{database}{mark}{query}"
 
 
 def _is_databricks(uri: str) -> bool:

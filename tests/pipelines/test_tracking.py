@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -21,12 +22,14 @@ from pipelines.tracking import (
     Run,
     changed_store,
     connect,
+    connect_to_read,
     find_runs,
     registry_uri,
     stage_run,
     tracking_uri,
     without_credentials,
 )
+from pipelines.workspace import project_root, workspace_id
 from tests.conftest import ROOT
 
 POINTS = 200
@@ -341,3 +344,260 @@ def test_moved_project_has_not_changed_its_store(here: Path, monkeypatch: pytest
 )
 def test_stores_are_shown_without_credentials(here: Path, uri: str, expected: str) -> None:
     assert without_credentials(uri) == expected
+
+
+@pytest.fixture
+def project(new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a run, an artifact of it, and a registered model, in a folder that can be moved."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("dvc.yaml", "params.yaml"):
+        (folder / name).write_text("")
+    shutil.copy(new_store, folder / "mlflow.db")
+    enter(folder, monkeypatch)
+    (folder / "note.txt").write_text("first")
+    (folder / "model").mkdir()
+    (folder / "model" / "weights").write_text("w")
+    with stage_run(LOCAL, "register", "first", settings={}, tags=TAGS) as run:
+        run.log_artifact(Path("note.txt"))
+        run.log_artifact(Path("model"))
+        run.client.create_registered_model("model")
+        source = run.client.get_run(run.run_id).info.artifact_uri + "/model"
+        run.client.create_model_version("model", source, run.run_id)
+        run.client.set_registered_model_alias("model", "champion", "1")
+    return folder
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a folder the working folder, as a new process there would have it."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, "")
+    mlflow.tracking._tracking_service.utils._artifact_repos_cache.clear()
+    monkeypatch.chdir(folder)
+
+
+def read_model() -> str:
+    connect_to_read(LOCAL)
+    folder = Path(mlflow.artifacts.download_artifacts("models:/model@champion"))
+    return (folder / "weights").read_text()
+
+
+def log_note(key: str, text: str) -> Run:
+    note = project_root() / "note.txt"
+    note.write_text(text)
+    with stage_run(LOCAL, "register", key, settings={}, tags=TAGS) as run:
+        run.log_artifact(note)
+    return run
+
+
+def locations(database: Path) -> list[str]:
+    """Every text of a store that names a place on this machine."""
+    with sqlite3.connect(f"file:{database.as_posix()}?mode=ro", uri=True) as connection:
+        tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        cells = [cell for name in tables for row in connection.execute(f'SELECT * FROM "{name}"') for cell in row]
+    return [cell for cell in cells if isinstance(cell, str) and cell.removeprefix("file://").startswith("/")]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["renamed", "with space & ü", "100%#1", "project/inside", "project-2", ".."])
+def test_moved_project_finds_its_model_and_writes_into_its_new_folder(
+    project: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = workspace_id()
+    place = project.parent / "moved"
+    project.rename(place)
+    if name == "..":  # one level up
+        for path in place.iterdir():
+            path.rename(place.parent / path.name)
+        place = place.parent
+    else:
+        (place.parent / name).parent.mkdir(exist_ok=True)
+        place = place.rename(place.parent / name)
+    enter(place, monkeypatch)
+    assert read_model() == "w"
+    run = log_note("second", "second")
+    assert workspace_id() == before
+    assert [path.read_text() for path in place.glob(f"mlartifacts/{run.run_id}/artifacts/note.txt")] == ["second"]
+    assert len(list(place.glob("mlartifacts/*/artifacts/note.txt"))) == 2
+    assert {project_root()} == {place}
+    assert all(_path(each).is_relative_to(place) for each in locations(place / "mlflow.db")), locations(
+        place / "mlflow.db"
+    )
+    if place not in project.parents:
+        assert not (project / "mlartifacts").exists(), "nothing is written into the old place"
+
+
+def _path(location: str) -> Path:
+    from urllib.parse import unquote
+
+    return Path(unquote(location.removeprefix("file://")) if location.startswith("file:") else location)
+
+
+def test_stage_after_a_move_continues_its_run(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = log_note("same", "one")
+    project.rename(project.parent / "b")
+    enter(project.parent / "b", monkeypatch)
+    assert log_note("same", "two").run_id == first.run_id
+    (note,) = Path.cwd().glob(f"mlartifacts/{first.run_id}/artifacts/note.txt")
+    assert note.read_text() == "two"
+
+
+def test_copy_leaves_the_original_alone_and_has_its_own_runs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stage_run(LOCAL, "train", "cut", settings={}, tags=TAGS) as running:
+        pass
+    running.client.update_run(running.run_id, status="RUNNING")  # it runs in the original while that is copied
+    copy = project.parent / "copy"
+    shutil.copytree(project, copy)
+    before = contents(project)
+    enter(copy, monkeypatch)
+    assert read_model() == "w"
+    own = log_note("first", "of the copy")
+    with stage_run(LOCAL, "train", "other", settings={}, tags=TAGS):
+        pass
+    client = connect(LOCAL)
+    assert client.get_run(running.run_id).info.status == "KILLED", "it does not run in the copy"
+    assert own.tags["rediffuse.workspace"] == workspace_id()
+    assert [path.read_text() for path in copy.glob(f"mlartifacts/{own.run_id}/artifacts/note.txt")] == ["of the copy"]
+    assert contents(project) == before
+    enter(project, monkeypatch)
+    assert connect(LOCAL).get_run(running.run_id).info.status == "RUNNING"
+    assert workspace_id() != own.tags["rediffuse.workspace"]
+
+
+def test_two_copies_do_not_end_or_continue_each_others_runs_on_a_server(
+    project: Path, new_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = project.parent / "server"
+    server.mkdir()
+    shutil.copy(new_store, server / "mlflow.db")
+    shared = TrackingRun(uri=f"sqlite:///{server / 'mlflow.db'}")
+    copy = project.parent / "copy"
+    shutil.copytree(project, copy)
+    with stage_run(shared, "train", "key", settings={}, tags=TAGS) as original:
+        enter(copy, monkeypatch)
+        with stage_run(shared, "train", "key", settings={}, tags=TAGS) as other:
+            assert other.run_id != original.run_id
+        with stage_run(shared, "train", "another", settings={}, tags=TAGS):
+            assert original.client.get_run(original.run_id).info.status == "RUNNING"
+
+
+def test_store_of_a_server_is_not_rewritten(project: Path, new_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = project.parent / "server.db"
+    shutil.copy(new_store, server)
+    shared = TrackingRun(uri=f"sqlite:///{server}")
+    connect(shared)
+    before = locations(server)
+    project.rename(project.parent / "moved")
+    enter(project.parent / "moved", monkeypatch)
+    connect(shared)
+    assert locations(server) == before
+
+
+def test_store_without_a_record_of_its_place_follows_the_project(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a fresh clone into which the user copied the store, or after runs/ was removed."""
+    copy = project.parent / "copy"
+    shutil.copytree(project, copy, ignore=shutil.ignore_patterns("runs"))
+    before = contents(project)
+    enter(copy, monkeypatch)
+    log_note("second", "second")
+    assert read_model() == "w"
+    assert contents(project) == before
+
+
+def test_store_that_was_copied_without_its_artifacts_names_what_is_missing(
+    project: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = project.parent / "copy"
+    copy.mkdir()
+    for name in ("dvc.yaml", "params.yaml", "mlflow.db"):
+        shutil.copy(project / name, copy / name)
+    enter(copy, monkeypatch)
+    with caplog.at_level(logging.INFO, "rediffuse"):
+        connect(LOCAL)
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert f"copy mlartifacts from {project}" in warning
+    assert "\n" not in warning
+
+
+def test_experiment_whose_artifacts_are_gone_is_named_and_nothing_is_written(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = project.parent / "disk"
+    client = connect(LOCAL)
+    client.create_experiment("on a disk", artifact_location=(disk / "artifacts").as_uri())
+    there = TrackingRun(experiment="on a disk")
+    enter(project, monkeypatch)
+    with pytest.raises(
+        ValueError, match=r"on a disk in sqlite:///mlflow\.db keeps its artifacts in .*/disk/artifacts, which"
+    ):
+        connect(there)
+    assert not disk.exists()
+    (disk / "artifacts").mkdir(parents=True)
+    enter(project, monkeypatch)
+    connect(there)
+    assert (disk / "artifacts").as_uri() in locations(project / "mlflow.db"), "it was chosen and exists"
+
+
+def test_store_that_cannot_be_changed_is_named_after_a_move(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (project / "mlflow.db").read_bytes()
+    project.rename(project.parent / "moved")
+    enter(project.parent / "moved", monkeypatch)
+    holder = sqlite3.connect("mlflow.db")
+    holder.execute("BEGIN EXCLUSIVE")
+    monkeypatch.setattr("pipelines.local_store.BUSY_SECONDS", 0.1)
+    with pytest.raises(ValueError, match=r"mlflow\.db names locations outside of this project and cannot be changed"):
+        connect(LOCAL)
+    holder.close()
+    assert Path("mlflow.db").read_bytes() == before
+    assert not project.exists()
+
+
+def test_reading_creates_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(tmp_path, monkeypatch)
+    for tracking in (LOCAL, TrackingRun(uri="sqlite:///mine.db")):
+        with pytest.raises(ValueError, match="does not exist yet"):
+            connect_to_read(tracking)
+    assert changed_store(LOCAL) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_store_is_the_projects_in_a_subfolder_and_in_a_temporary_workspace(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = f"sqlite:///{project / 'mlflow.db'}"
+    below = project / "notebooks"
+    below.mkdir()
+    temporary = project / ".dvc/tmp/exps/standalone/tmp1"
+    (temporary / ".dvc").mkdir(parents=True)
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(project / name, temporary)
+    for folder in (project, below, temporary):
+        enter(folder, monkeypatch)
+        for tracking in (LOCAL, TrackingRun(uri="sqlite:///mlflow.db")):
+            assert tracking_uri(tracking) == registry_uri(tracking) == expected
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db?timeout=5")
+        assert tracking_uri(LOCAL) == f"sqlite:///{project / 'other.db'}?timeout=5"
+        assert without_credentials(expected) == "sqlite:///mlflow.db"
+        enter(folder, monkeypatch)
+        assert changed_store(LOCAL) is None
+        assert read_model() == "w"
+    run = log_note("of the experiment", "kept")  # in the temporary workspace
+    shutil.rmtree(temporary)
+    enter(project, monkeypatch)
+    assert [path.read_text() for path in project.glob(f"mlartifacts/{run.run_id}/artifacts/note.txt")] == ["kept"]
+
+
+def test_store_that_an_experiment_creates_is_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary = tmp_path / ".dvc/tmp/exps/standalone/tmp1"
+    (temporary / ".dvc").mkdir(parents=True)
+    enter(temporary, monkeypatch)
+    connect(LOCAL)
+    assert all(
+        _path(each).parts[: len(tmp_path.parts) + 1] != (*tmp_path.parts, ".dvc")
+        for each in locations(tmp_path / "mlflow.db")
+    )

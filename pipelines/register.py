@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusion_core.artifact import DiffusionModel
+from diffusion_core.generation import NonFiniteOutputError, SamplerSettings
 from diffusion_core.storage import file_sha256, read_json, write_json
 from pipelines.identity import identify
 from pipelines.params import Params, Register, RunSettings, flatten
 from pipelines.registry.champion_measurement import measure_champion
-from pipelines.registry.gate import COMPARED, RECORDED, Verdict, differences, judge, measured_error
+from pipelines.registry.gate import COMPARED, NOTICE, RECORDED, Verdict, differences, judge, measured_error
 from pipelines.registry.registration import (
     ALIAS,
     champion,
@@ -42,9 +44,10 @@ def register(params: Params, run: RunSettings) -> None:
     with stage_run(run.tracking, "register", key, settings=settings, tags=tags) as tracked:
         client = tracked.client
         current = champion(client, name)
-        version = find_version(client, name, digest, code)
+        judged = SamplerSettings(**{key: measurement[key] for key in ("steps", "eta", "guidance_scale", "spacing")})
+        version = find_version(client, name, digest, code, judged)
         if version is None:
-            version = create_version(tracked, name, MODEL, digest, code, model.image_shape)
+            version = create_version(tracked, name, MODEL, model, digest, code, judged)
         record(client, name, version.version, measurement)
         verdict, old = _judge(version, measurement, current, run)
         if verdict.promoted:
@@ -58,7 +61,7 @@ def register(params: Params, run: RunSettings) -> None:
             "reason": verdict.reason,
             "champion_version": int(now.version) if now is not None else None,
             "previous_champion_version": int(current.version) if current is not None else None,
-            "previous_champion_fid": float(old["fid"]) if old is not None and "fid" in old else None,
+            "previous_champion_fid": _finite_fid(old),
             "previous_champion_fid_error": measured_error(old) if old is not None else None,
             "candidate": measurement,
             "model_digest": digest,
@@ -67,6 +70,8 @@ def register(params: Params, run: RunSettings) -> None:
         _write_outputs(result, tracked)
     outcome = "champion" if verdict.promoted else "not promoted"
     log.info("%s version %s: %s; %s", name, version.version, outcome, verdict.reason)
+    if measurement.get(NOTICE):
+        log.warning("%s of %s", measurement["metric"], measurement[NOTICE])
 
 
 def _judge(
@@ -74,18 +79,28 @@ def _judge(
 ) -> tuple[Verdict, Mapping[str, Any] | None]:
     """Return the verdict on a version, and the measurement of ``current``, the champion.
 
-    The champion is measured again if its recorded measurement is not comparable.
+    The champion is measured again if its recorded measurement is not comparable. One whose network returns NaN has an FID of NaN.
     """
     if current is None:
         return judge(measurement, None), None
     if int(current.version) == int(version.version):
-        return Verdict(False, "it is already the champion: the same weights and the same code"), measurement
+        return Verdict(False, "it is already the champion: the same weights, code and sampler settings"), measurement
     old: Mapping[str, Any] = recorded(current)
     different = differences(measurement, old)
     if different:
         log.info("measuring the champion again: it was measured with another %s", ", ".join(different))
-        old = measure_champion(current, measurement, run) or old
+        try:
+            old = measure_champion(current, measurement, run) or old
+        except NonFiniteOutputError as error:
+            log.warning("the champion, version %s, cannot be measured: %s", current.version, error)
+            old = {**measurement, "fid": math.nan, "fid_error": None}
     return judge(measurement, old), old
+
+
+def _finite_fid(measurement: Mapping[str, Any] | None) -> float | None:
+    """Return the FID of a measurement, or None if there is none or it is not finite. Tags hold it as text."""
+    fid = float("nan" if measurement is None else measurement.get("fid", "nan"))
+    return fid if math.isfinite(fid) else None
 
 
 def _write_outputs(result: Mapping[str, Any], tracked: Run) -> None:
@@ -117,7 +132,10 @@ def check_weights(quality: Mapping[str, Any], weights: Path) -> None:
 
 
 def candidate_measurement(quality: Mapping[str, Any], gate: Register) -> dict[str, Any]:
-    """Return the candidate's figure at the gate's setting, and everything that it depends on."""
+    """Return the candidate's figure at the gate's setting, everything that it depends on, and its notice if it has one.
+
+    Raises ValueError if there is no such figure, or it is not finite.
+    """
     keys = (*COMPARED, *RECORDED, "fid", "fid_error", "class_agreement")
     for row in quality["rows"]:
         if row["eta"] == gate.eta and row["steps"] == gate.steps:
@@ -125,7 +143,13 @@ def candidate_measurement(quality: Mapping[str, Any], gate: Register) -> dict[st
             missing = [key for key in keys if key not in everything]
             if missing:
                 raise ValueError(f"{QUALITY} lacks {', '.join(missing)}: measure again with: dvc repro -f evaluate")
-            return {key: everything[key] for key in keys}
+            if not math.isfinite(everything["fid"]):
+                raise ValueError(
+                    f"{QUALITY}: the {everything['metric']} of eta {gate.eta} and {gate.steps} steps is not finite "
+                    f"({everything['fid']}): measure again with: dvc repro -f evaluate"
+                )
+            notice = {NOTICE: everything[NOTICE]} if everything.get(NOTICE) else {}
+            return {**{key: everything[key] for key in keys}, **notice}
     raise ValueError(
         f"{QUALITY} has no row of eta {gate.eta} and {gate.steps} steps: measure it with: dvc repro evaluate"
     )

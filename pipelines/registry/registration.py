@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import diffusion_core
+from diffusion_core.artifact import DiffusionModel
+from diffusion_core.generation import SamplerSettings
 from pipelines.identity import closure_digest
 from pipelines.tracking import Run, without_credentials
 
@@ -15,6 +19,7 @@ T = TypeVar("T")
 ALIAS = "champion"
 DIGEST_TAG = "rediffuse.model_digest"
 CODE_TAG = "rediffuse.code_digest"
+JUDGED_TAG = "rediffuse.judged_with"
 PREFIX = "rediffuse."
 REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "safetensors")
 MISSING = "RESOURCE_DOES_NOT_EXIST"
@@ -30,53 +35,66 @@ def code_digest() -> str:
     return closure_digest(DiffusionPyfunc)
 
 
-def find_version(client: Any, name: str, digest: str, code: str) -> Any | None:
-    """Return the first complete version with these weights and this code, or None."""
+def find_version(client: Any, name: str, digest: str, code: str, judged: SamplerSettings) -> Any | None:
+    """Return the first complete version with these weights, this code and these default sampler settings, or None."""
     found = _ask(lambda: client.search_model_versions(f"name = '{name}'", max_results=1000))
-    wanted = {DIGEST_TAG: digest, CODE_TAG: code}
+    wanted = _tags(digest, code, judged)
     own = [version for version in found if wanted.items() <= version.tags.items() and version.status == "READY"]
     return min(own, key=lambda version: int(version.version)) if own else None
 
 
 def create_version(
-    run: Run, name: str, model_dir: Path, digest: str, code: str, image_shape: tuple[int, int, int]
+    run: Run, name: str, model_dir: Path, model: DiffusionModel, digest: str, code: str, judged: SamplerSettings
 ) -> Any:
-    """Log the model as a pyfunc into ``run`` and register it. The code ships with the model; nothing is pickled."""
-    import mlflow
-    import numpy as np
-    import pandas as pd
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
-    from mlflow.types.schema import AnyType
+    """Log the model as a pyfunc into ``run`` and register it. The code ships with the model; nothing is pickled.
 
-    channels, height, width = image_shape
-    signature = ModelSignature(
-        inputs=Schema([ColSpec(AnyType(), "label")]),
-        outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, height, width, channels))]),
-        params=ParamSchema(
-            [
-                ParamSpec("steps", DataType.long, 50),
-                ParamSpec("eta", DataType.double, 0.0),
-                ParamSpec("guidance_scale", DataType.double, 1.0),
-                ParamSpec("seed", DataType.long, 0),
-            ]
-        ),
-    )
+    ``model``: the model in ``model_dir``; ``judged``: the sampler settings of the gate, which are the defaults of its predictions.
+    Raises ValueError, and registers nothing, if the logged model cannot predict its own input example.
+    """
+    import mlflow
+
+    from pipelines.registry.pyfunc_model import input_example, signature
+
+    example = input_example(model)
     with mlflow.start_run(run_id=run.run_id):
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"model": str(model_dir)},
             code_paths=[str(Path(diffusion_core.__file__).parent)],
-            signature=signature,
-            input_example=pd.DataFrame({"label": [0, 1]}),
+            signature=signature(model, judged),
+            model_config=asdict(judged),
             pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in REQUIREMENTS],
+            input_example=example,
         )
     run.client.update_run(run.run_id, status="RUNNING")
+    try:
+        mlflow.pyfunc.load_model(info.model_uri).predict(example)
+    except Exception as error:
+        raise ValueError(
+            f"no version is registered, because the model cannot predict its own input example: {' '.join(str(error).split())}"
+        ) from None
     if _registered_model(run.client, name) is None:
         run.client.create_registered_model(name)
-    tags = {DIGEST_TAG: digest, CODE_TAG: code}
+    tags = _tags(digest, code, judged)
     return run.client.create_model_version(name, info.model_uri, run.run_id, tags=tags, model_id=info.model_id)
+
+
+def judged_settings(folder: Path) -> SamplerSettings | None:
+    """Return the default sampler settings of a version that was downloaded into ``folder``.
+
+    Returns None for a version that an older rediffuse registered without them.
+    """
+    import mlflow
+
+    found = sorted(folder.rglob("MLmodel"))
+    config = mlflow.models.Model.load(str(found[0])).flavors["python_function"].get("config") if found else None
+    return SamplerSettings(**config) if config else None
+
+
+def _tags(digest: str, code: str, judged: SamplerSettings) -> dict[str, str]:
+    """Return the tags that tell a version from others."""
+    return {DIGEST_TAG: digest, CODE_TAG: code, JUDGED_TAG: json.dumps(asdict(judged), sort_keys=True)}
 
 
 def record(client: Any, name: str, version: str, measurement: Mapping[str, Any]) -> None:

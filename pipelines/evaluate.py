@@ -17,12 +17,13 @@ from pipelines.cluster import check_shared, cluster_nodes, place, ray_session
 from pipelines.data.shards import Manifest, read_manifest
 from pipelines.evaluation.figures import floor_label, heat_map, pareto_plot
 from pipelines.evaluation.samples import picture_unit, sample_setting
-from pipelines.evaluation.sweep import Row, is_suspicious, make_row, pareto_front, sweep_settings
+from pipelines.evaluation.sweep import Row, best_row, is_suspicious, make_row, pareto_front, sweep_settings
 from pipelines.evaluation.trajectory import sample_trajectory, trajectory_unit
 from pipelines.identity import closure_digest, identify, open_state
 from pipelines.measurement.distributed import measure_on_ray, unit_device
 from pipelines.measurement.floor import Floor, floor_at
 from pipelines.measurement.measure import Measurement, measurement_rows
+from pipelines.measurement.notice import few_images_notice, marked
 from pipelines.measurement.reference import load_reference, load_test_features
 from pipelines.measurement.units import Arrays, Unit, Work, load_result, measure_unit, sample_units
 from pipelines.measurement.work import measurement_work, model_fits
@@ -65,9 +66,17 @@ def evaluate(params: Params, run: RunSettings) -> None:
         tags = {"rediffuse.data_hash": manifest.content_hash}
         with stage_run(run.tracking, "evaluate", key, settings=used, tags=tags) as tracked:
             real, metric = reference.statistics["train"], reference.metric
-            rows = _measure(sweep, work, state.folder, plan, real, metric, tracked)
+            notice = few_images_notice(
+                reference.num_features, {"samples": settings.num_samples, "train images": real.n}
+            )
+            if notice:
+                log.warning("%s of %s", metric, notice)
+            rows = _measure(sweep, work, state.folder, plan, real, metric, tracked, notice)
             floor = floor_at(*load_test_features(REFERENCE), real, settings.num_samples, params.seed)
-            _report_floor(rows, metric, floor)
+            floor_notice = few_images_notice(
+                reference.num_features, {"test images": floor.smallest_set, "train images": real.n}
+            )
+            _report_floor(rows, metric, floor, floor_notice)
             quality = {
                 "data_hash": manifest.content_hash,
                 "metric": metric,
@@ -80,11 +89,14 @@ def evaluate(params: Params, run: RunSettings) -> None:
                 "measured_by": closure_digest(measure_unit),
                 "model_digest": work.model_digest,
                 "continued_across_changes": list(state.changed_modules),
+                "few_images": notice,
+                "floor_few_images": floor_notice,
             }
             _write_results(
                 rows, metric, floor, quality, sweep, state.folder, manifest.class_names, settings.picture_rows
             )
-            _write_outputs(rows, _summary(rows, metric, floor), quality, tracked)
+            summary = {**_summary(rows, metric, floor), "few_images": notice is not None}
+            _write_outputs(rows, summary, quality, tracked)
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,7 @@ def _measure(
     real: GaussianStatistics,
     metric: str,
     tracked: Run,
+    notice: str | None,
 ) -> list[Row]:
     """Compute all units on Ray and return a row per setting; log each row as soon as its setting is finished."""
     rows: dict[int, Row] = {}
@@ -143,14 +156,16 @@ def _measure(
         values = {"eta": row.settings.eta, "steps": row.settings.steps, "num_samples": row.num_samples}
         child = tracked.child(row.name, values)
         child.log_metrics(_measures(row, metric))
+        child.set_tags({"few_images": notice} if notice else {})
         child.finish()
         log.info(
-            "eta %s, %d steps: %s %.4f%s, %.1f%% agree with their label, %.1f images/s per worker",
+            "eta %s, %d steps: %s %.4f%s%s, %.1f%% agree with their label, %.1f images/s per worker",
             row.settings.eta,
             row.settings.steps,
             metric,
             row.fid,
             "" if row.fid_error is None else f" ± {row.fid_error:.4f}",
+            marked(notice),
             100 * row.class_agreement,
             row.images_per_s,
         )
@@ -165,9 +180,11 @@ def _measures(row: Row, metric: str) -> dict[str, float]:
     return {metric: row.fid, **errors, "class_agreement": row.class_agreement, "images_per_s": row.images_per_s}
 
 
-def _report_floor(rows: Sequence[Row], metric: str, floor: Floor) -> None:
+def _report_floor(rows: Sequence[Row], metric: str, floor: Floor, notice: str | None) -> None:
     error = "" if floor.error is None else f" ± {floor.error:.4f}"
-    log.info("%s: %s %.4f%s", floor_label(floor), metric, floor.value, error)
+    log.info("%s: %s %.4f%s%s", floor_label(floor), metric, floor.value, error, marked(notice))
+    if notice:
+        log.warning("the floor comes from sets of %s", notice)
     suspicious = [row.name for row in rows if is_suspicious(row, floor)]
     if suspicious:
         log.warning(
@@ -178,7 +195,7 @@ def _report_floor(rows: Sequence[Row], metric: str, floor: Floor) -> None:
 
 
 def _summary(rows: Sequence[Row], metric: str, floor: Floor) -> dict[str, Any]:
-    best = min(rows, key=lambda row: row.fid)
+    best = best_row(rows)
     comparable = floor.num_samples == best.num_samples
     return {
         f"best_{metric}": round(best.fid, 6),
@@ -210,8 +227,8 @@ def _write_results(
         samples = [_finished(state_dir, unit)["images"] for unit in sweep.pictures]
         _write_pictures(rows, samples, picture_rows, folder / "samples")
         _write_trajectory(_finished(state_dir, sweep.trajectory), sweep.trajectory.settings, class_names, folder)
-        heat_map(rows, metric, floor, folder / "heatmap.png")
-        pareto_plot(rows, metric, floor, folder / "pareto.png")
+        heat_map(rows, metric, floor, folder / "heatmap.png", quality["few_images"])
+        pareto_plot(rows, metric, floor, folder / "pareto.png", quality["few_images"])
 
 
 def _write_tables(rows: Sequence[Row], metric: str, floor: Floor, quality: dict[str, Any], folder: Path) -> None:
@@ -233,6 +250,7 @@ def _write_tables(rows: Sequence[Row], metric: str, floor: Floor, quality: dict[
             "floor_error": _shown(floor.error),
             "floor_extrapolated": str(floor.extrapolated).lower(),
             "suspicious": str(is_suspicious(row, floor)).lower(),
+            "few_images": str(quality["few_images"] is not None).lower(),
         }
         for row, best in zip(rows, pareto_front(rows), strict=True)
     ]
@@ -294,7 +312,7 @@ def _write_outputs(rows: Sequence[Row], metrics: dict[str, Any], quality: dict[s
     (PLOTS / "evaluate_heatmap.png").write_bytes((EVALUATION / "heatmap.png").read_bytes())
     write_json(METRICS / "evaluate.json", metrics)
     tracked.log_metrics({name: value for name, value in metrics.items() if isinstance(value, int | float)})
-    tracked.set_tags({name: str(value) for name, value in quality.items()})
+    tracked.set_tags({name: str(value) for name, value in quality.items() if value is not None})
     tracked.log_artifact(EVALUATION)
 
 

@@ -15,13 +15,15 @@ from diffusion_core.storage import atomic_folder, file_sha256, read_json, write_
 from pipelines.data.shards import ImageSplit, Manifest, open_split, read_manifest
 from pipelines.devices import driver_device
 from pipelines.identity import identify, open_state
-from pipelines.measurement.reference import DESCRIPTION
+from pipelines.measurement.notice import few_images_notice, marked
+from pipelines.measurement.reference import DESCRIPTION, STATISTICS, load_statistics
 from pipelines.measurement.reference_writer import write_reference
 from pipelines.params import Params, RunSettings, flatten
 from pipelines.params.schema import Reference
 from pipelines.stage import DATA, METRICS, PLOTS, REFERENCE, RUNS, check_writable, log, run_stage
 from pipelines.tables import write_csv
 from pipelines.tracking import Run, stage_run
+from pipelines.workspace import resolve_root
 
 FINISHED, FILES, RECORD = "finished", "reference", "record.json"
 """Inside the state folder: the finished result, its copy of artifacts/reference, and its losses, device and file digests."""
@@ -56,19 +58,22 @@ def reference(params: Params, run: RunSettings) -> None:
         description = _copy_result(finished / FILES, state.changed_modules)
         _write_outputs(description, record["losses"], tracked)
     log.info(
-        "class network trained on %s: it predicts the label of %.1f%% of the test images; fid_%s of the %d test images: %.4f",
+        "class network trained on %s: it predicts the label of %.1f%% of the test images; fid_%s of the %d test images: %.4f%s",
         record["device_type"],
         100 * description["classifier_test_accuracy"],
         description["extractor"],
         description["counts"]["test"],
         description["test_fid"],
+        marked(description["few_images"]),
     )
+    if description["few_images"]:
+        log.warning("fid_%s of %s", description["extractor"], description["few_images"])
 
 
 def _read_inception(weights: str | None, sha256: str | None) -> dict[str, Tensor]:
     """Return the weights of Inception. Raises ValueError, naming the params, if they are not available or do not fit."""
     try:
-        inception = import_inception_weights(Path(weights) if weights else None, sha256)
+        inception = import_inception_weights(resolve_root(weights) if weights else None, sha256)
     except ValueError as error:
         raise ValueError(
             f"{error}; see reference.inception_weights and reference.inception_sha256 in params.yaml"
@@ -135,14 +140,20 @@ def _read_record(finished: Path) -> dict[str, Any] | None:
 
 
 def _copy_result(source: Path, changed_modules: Sequence[str]) -> dict[str, Any]:
-    """Write artifacts/reference and return reference.json. It names the modules that changed since a state continued by force."""
+    """Write artifacts/reference and return reference.json.
+
+    It names the modules that changed since a state continued by force, and holds the notice of the test images' FID, or null.
+    """
     with atomic_folder(REFERENCE) as folder:
         for path in source.iterdir():
             shutil.copyfile(path, folder / path.name)
         description = read_json(folder / DESCRIPTION)
         if changed_modules:
             description["continued_across_changes"] = list(changed_modules)
-            write_json(folder / DESCRIPTION, description)
+        num_features = len(load_statistics(folder / STATISTICS)["train"].mean)
+        counts = {f"{split} images": description["counts"][split] for split in ("test", "train")}
+        description["few_images"] = few_images_notice(num_features, counts)
+        write_json(folder / DESCRIPTION, description)
     return description
 
 
@@ -152,11 +163,13 @@ def _write_outputs(description: Mapping[str, Any], losses: Sequence[tuple[int, f
         "classifier_test_accuracy": round(description["classifier_test_accuracy"], 6),
         f"test_fid_{description['extractor']}": round(description["test_fid"], 6),
         "test_images": description["counts"]["test"],
+        "few_images": description["few_images"] is not None,
     }
     write_json(METRICS / "reference.json", metrics)
     rows = [{"step": step, "loss": f"{loss:.6g}"} for step, loss in losses]
     write_csv(PLOTS / "reference_classifier.csv", ["step", "loss"], rows)
     tracked.log_metrics(metrics)
+    tracked.set_tags({"few_images": description["few_images"]} if description["few_images"] else {})
     tracked.log_rows([{"step": step, "classifier/loss": loss} for step, loss in losses])
     tracked.log_artifact(REFERENCE / DESCRIPTION)
 

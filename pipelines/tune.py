@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipelines.cluster import check_shared, cluster_nodes, is_uri, place, ray_se
 from pipelines.data.shards import open_split, read_manifest
 from pipelines.identity import State, identify, open_state
 from pipelines.measurement.measure import jackknife_error, measurement_rows
+from pipelines.measurement.notice import few_images_notice, marked
 from pipelines.measurement.reference import load_reference
 from pipelines.params import Params, RunSettings, SearchSpace, Tune, flatten
 from pipelines.resources import plan_trials
@@ -22,7 +24,7 @@ from pipelines.search.halving import Verdict, rungs, search, winner
 from pipelines.search.proposals import Proposals, Space
 from pipelines.search.records import Choice, Trial, TrialResult
 from pipelines.search.summary import COLUMNS, describe_verdict, search_metrics, trial_rows
-from pipelines.search.trial import judge_rung
+from pipelines.search.trial import judge_rung, same_training
 from pipelines.search.worker import TrialWork
 from pipelines.stage import DATA, METRICS, PLOTS, REFERENCE, RUNS, SEARCH, check_writable, log, run_stage
 from pipelines.storages import earlier_storages
@@ -30,7 +32,7 @@ from pipelines.tables import write_csv
 from pipelines.tracking import Run, stage_run
 from pipelines.training.checkpoint import save_checkpoint
 from pipelines.training.loop import TrainSettings
-from pipelines.training.settings import SEARCHED, train_settings
+from pipelines.training.settings import SEARCHED, shortened, train_settings
 
 
 def tune(params: Params, run: RunSettings) -> None:
@@ -47,12 +49,15 @@ def tune(params: Params, run: RunSettings) -> None:
     reference = load_reference(REFERENCE, manifest.content_hash)
     inputs = {"data": manifest.content_hash, "extractor": reference.extractor.digest}
     settings = params.tune
+    counts = {"samples": settings.num_samples, "train images": reference.statistics["train"].n}
+    notice = few_images_notice(reference.num_features, counts)
+    if notice:
+        log.warning("quick %s of %s", reference.metric, notice)
     with ray_session(run.ray):
         plan = plan_trials(run.tune, num_trials=settings.num_trials, nodes=cluster_nodes())
         place(plan)
         precision = resolve_precision(params.train.precision, plan.device_type)
-        short = params.train.model_copy(update={"steps": settings.steps})
-        base = train_settings(short, params.seed, manifest, precision)
+        base = train_settings(shortened(params.train, settings.steps), params.seed, manifest, precision)
         judging: tuple[Callable[..., Any], ...] = (judge_rung, save_checkpoint, open_split)
         trial = identify("tune", trial_identity_settings(base, settings, plan.device_type), inputs, judging)
         state = open_state(trial, run.resume)
@@ -66,7 +71,7 @@ def tune(params: Params, run: RunSettings) -> None:
         whole = identify("tune", used, inputs, [*judging, search, winner, Proposals])
         tags = {"rediffuse.data_hash": manifest.content_hash}
         with stage_run(run.tracking, "tune", whole.key, settings=used, tags=tags) as tracked:
-            children = _Children(tracked)
+            children = _Children(tracked, notice)
             trials = run_search(
                 _proposals(settings.space, base, seed=params.seed + 1),  # a random stream apart from training's
                 work,
@@ -75,14 +80,20 @@ def tune(params: Params, run: RunSettings) -> None:
                 rungs=rungs(settings.steps, settings.grace_steps, settings.reduction_factor),
                 reduction_factor=settings.reduction_factor,
                 on_result=children.log,
+                mark=marked(notice),
             )
             children.finish(trials)
             verdict = winner(trials)
-            metrics = search_metrics(trials, verdict)
-            _write(trial_rows(trials), _best(verdict, state.changed_modules), metrics)
+            metrics = {**search_metrics(trials, verdict), "few_images": notice is not None}
+            _write(
+                trial_rows(trials, few_images=notice is not None),
+                _best(verdict, state.changed_modules, notice),
+                metrics,
+            )
             tracked.log_metrics({name: value for name, value in metrics.items() if type(value) in (int, float)})
+            tracked.set_tags({"few_images": notice} if notice else {})
             tracked.log_artifact(SEARCH)
-    log.info("best of %d trials: %s", len(trials), describe_verdict(verdict))
+    log.info("best of %d trials%s: %s", len(trials), marked(notice), describe_verdict(verdict))
 
 
 def trial_identity_settings(base: TrainSettings, settings: Tune, device_type: str) -> dict[str, Any]:
@@ -118,16 +129,19 @@ def _work(base: TrainSettings, settings: Tune, storage: str, state: State, data_
 
 
 class _Children:
-    """One MLflow run per trial, nested in the search's run."""
+    """One MLflow run per trial, nested in the search's run. ``notice`` becomes a tag of each: see `few_images_notice`."""
 
-    def __init__(self, parent: Run) -> None:
-        self.parent = parent
+    def __init__(self, parent: Run, notice: str | None) -> None:
+        self.parent, self.notice = parent, notice
         self.runs: dict[Choice, Run] = {}
 
     def log(self, choice: Choice, result: TrialResult) -> None:
         if choice not in self.runs:
             self.runs[choice] = self.parent.child(choice.name, asdict(choice))
-        if not result.diverged:
+            self.runs[choice].set_tags({"few_images": self.notice} if self.notice else {})
+        if result.diverged:
+            self.runs[choice].set_tags({"diverged": f"before step {result.step}: {result.reason}"[:4000]})
+        else:
             values = {"fid": result.fid, "fid_error": jackknife_error(result.leave_one_out), "loss": result.loss}
             self.runs[choice].log_metrics(
                 {name: value for name, value in values.items() if value is not None}, result.step
@@ -145,15 +159,17 @@ def _proposals(space: SearchSpace, first: TrainSettings, seed: int) -> Proposals
         Space(tuple(space.schedule), tuple(space.objective), tuple(space.weighting), (low, high)),
         Choice(first.schedule["name"], first.objective, first.weighting, first.learning_rate),
         seed,
+        same_training=partial(same_training, first),
     )
 
 
-def _best(verdict: Verdict, changed_modules: Sequence[str]) -> dict[str, Any]:
+def _best(verdict: Verdict, changed_modules: Sequence[str], notice: str | None = None) -> dict[str, Any]:
     """Return the content of best.yaml. A search of a forced resume names the modules that had changed."""
     best = {
         "overrides": asdict(verdict.winner.choice),
         "trial": verdict.winner.choice.name,
         "tie": [trial.choice.name for trial in verdict.tied] if verdict.tie else [],
+        **({"few_images": notice} if notice else {}),
     }
     return {**best, "resumed_across_changes": list(changed_modules)} if changed_modules else best
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffusion_core.generation import NonFiniteOutputError
 from pipelines.data.shards import open_split
 from pipelines.ddp.progress_picture import progress_picture
 from pipelines.ddp.surviving_state import hold_worker_lock, newest_checkpoint
@@ -26,6 +28,8 @@ from pipelines.training.loop import (
     rows,
     train,
 )
+
+log = logging.getLogger("rediffuse")
 
 
 def worker(config: dict[str, Any]) -> None:
@@ -64,8 +68,14 @@ def worker(config: dict[str, Any]) -> None:
             queue.actor.put_nowait.remote({"rows": [{**progress.row, **speed}]})
 
     def on_sample(state: TrainState) -> None:
-        if rank == 0:
-            queue.put({"picture": progress_picture(settings, state), "step": state.step})
+        if rank != 0:
+            return
+        try:
+            picture = progress_picture(settings, state)
+        except NonFiniteOutputError as error:  # the weights are finite, and later ones may sample again
+            log.warning("step %d: no sample picture: %s", state.step, error)
+            return
+        queue.put({"picture": picture, "step": state.step})
 
     def on_checkpoint(state: TrainState) -> None:
         metrics = {"step": state.step, "loss": float(state.losses[state.step - 1])}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +15,11 @@ from pipelines.evaluation.sweep import Row, pareto_front
 from pipelines.measurement.floor import Floor
 
 
-def heat_map(rows: Sequence[Row], metric: str, floor: Floor, path: Path) -> None:
-    """Draw FID over eta (rows) and steps (columns) with the value in each cell. The colour scale is logarithmic."""
+def heat_map(rows: Sequence[Row], metric: str, floor: Floor, path: Path, notice: str | None = None) -> None:
+    """Draw FID over eta (rows) and steps (columns) with the value in each cell. The colour scale is logarithmic.
+
+    ``notice``: that of `pipelines.measurement.notice`, which then stands below the title.
+    """
     etas = list(dict.fromkeys(row.settings.eta for row in rows))
     steps = sorted({row.settings.steps for row in rows})
     values = np.full((len(etas), len(steps)), np.nan)
@@ -24,7 +29,8 @@ def heat_map(rows: Sequence[Row], metric: str, floor: Floor, path: Path) -> None
     axes = figure.subplots()
     shades = np.log10(np.maximum(values, 1e-6))
     picture = axes.imshow(shades, cmap="viridis_r", aspect="auto")
-    low, high = np.nanmin(shades), np.nanmax(shades)
+    known = shades[np.isfinite(shades)]
+    low, high = (known.min(), known.max()) if len(known) else (0.0, 0.0)
     for (y, x), value in np.ndenumerate(values):
         dark = high > low and (shades[y, x] - low) / (high - low) > 0.5
         axes.text(x, y, f"{value:.3g}", ha="center", va="center", color="white" if dark else "black")
@@ -32,13 +38,16 @@ def heat_map(rows: Sequence[Row], metric: str, floor: Floor, path: Path) -> None
     axes.set_yticks(range(len(etas)), [_eta(eta) for eta in etas])
     axes.set_xlabel("DDIM steps")
     axes.set_ylabel("eta")
-    axes.set_title(f"{metric}\n{floor_label(floor)}: {floor.value:.3g}", fontsize=9)
+    axes.set_title(f"{metric}\n{floor_label(floor)}: {floor.value:.3g}{_below(notice, figure)}", fontsize=9)
     figure.colorbar(picture, ax=axes, label="log10 FID")
     _save(figure, path)
 
 
-def pareto_plot(rows: Sequence[Row], metric: str, floor: Floor, path: Path) -> None:
-    """Draw FID, with its error, against the sampling speed of one worker. A line joins the settings of the Pareto front."""
+def pareto_plot(rows: Sequence[Row], metric: str, floor: Floor, path: Path, notice: str | None = None) -> None:
+    """Draw FID, with its error, against the sampling speed of one worker. A line joins the settings of the Pareto front.
+
+    ``notice``: as for `heat_map`.
+    """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for eta in dict.fromkeys(row.settings.eta for row in rows):
@@ -66,11 +75,14 @@ def pareto_plot(rows: Sequence[Row], metric: str, floor: Floor, path: Path) -> N
             max(floor.value - floor.error, 1e-9), floor.value + floor.error, color="grey", alpha=0.15, linewidth=0
         )
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    smallest = min([row.fid for row in rows] + ([floor.value] if floor.value > 0 else []))
-    axes.set_ylim(bottom=max(smallest / 2, 1e-9))
+    drawn = [row.fid for row in rows if math.isfinite(row.fid) and row.fid > 0]
+    if drawn:  # a logarithmic axis needs a figure above 0: constant images have none
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=max(min([*drawn, *([floor.value] if floor.value > 0 else [])]) / 2, 1e-9))
     axes.set_xlabel("images/s per worker (numbers: steps)")
     axes.set_ylabel(metric)
+    if notice:
+        axes.set_title(_below(notice, figure).strip(), fontsize=9)
     axes.legend(fontsize=8)
     _save(figure, path)
 
@@ -85,6 +97,12 @@ def floor_label(floor: Floor) -> str:
     else:
         label = f"{samples} real images, {'extrapolated' if floor.extrapolated else 'interpolated'} from {images}"
     return f"floor: {label}" + (", error unknown" if floor.error is None else "")
+
+
+def _below(notice: str | None, figure: Figure) -> str:
+    """Return the notice as lines that fit the width of the figure, each after a line break."""
+    width = int(figure.get_figwidth() * 13)
+    return "".join(f"\n{line}" for line in textwrap.wrap(notice, width)) if notice else ""
 
 
 def _eta(eta: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -42,8 +43,11 @@ def sweep_settings(
 
 
 def make_row(settings: SamplerSettings, measurement: Measurement, real: GaussianStatistics) -> Row:
-    """Compare a measurement with the statistics of the real train images."""
-    fid, error = distance_with_error(measurement, real)
+    """Compare a measurement with the statistics of the real train images. Raises ValueError if the FID is not finite."""
+    try:
+        fid, error = distance_with_error(measurement, real)
+    except ValueError as mistake:
+        raise ValueError(f"eta {settings.eta}, {settings.steps} steps: {mistake}") from None
     return Row(
         settings=settings,
         num_samples=measurement.num_samples,
@@ -52,6 +56,14 @@ def make_row(settings: SamplerSettings, measurement: Measurement, real: Gaussian
         class_agreement=measurement.agreeing / measurement.num_samples,
         images_per_s=measurement.num_samples / max(measurement.seconds, 1e-9),
     )
+
+
+def best_row(rows: Sequence[Row]) -> Row:
+    """Return the row with the lowest FID, the first of equal ones. Raises ValueError if no FID is finite."""
+    usable = [row for row in rows if math.isfinite(row.fid)]
+    if not usable:
+        raise ValueError("no setting of the sweep has a finite FID: train the model again")
+    return min(usable, key=lambda row: row.fid)
 
 
 def is_suspicious(row: Row, floor: Floor) -> bool:
@@ -65,13 +77,18 @@ def is_suspicious(row: Row, floor: Floor) -> bool:
 
 
 def pareto_front(rows: Sequence[Row]) -> list[bool]:
-    """Return for each row whether no other row is at least as good in FID and speed, and better in one of them."""
+    """Return for each row whether no other row is at least as good in FID and speed, and better in one of them.
+
+    A row without a finite FID is not on the front.
+    """
     return [
-        not any(
+        math.isfinite(row.fid)
+        and not any(
             other.fid <= row.fid
             and other.images_per_s >= row.images_per_s
             and (other.fid < row.fid or other.images_per_s > row.images_per_s)
             for other in rows
+            if math.isfinite(other.fid)
         )
         for row in rows
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from diffusion_core.metrics.extractors import FeatureExtractor, ImageClassifier, save_classifier
 from pipelines.data.shards import ImageSplit
-from pipelines.measurement.reference import CLASSIFIER
+from pipelines.measurement.reference import CLASSIFIER, num_agreeing
 
 FEATURE_BATCH = 250
 
@@ -31,7 +32,7 @@ def train_classifier(
     """Train the class network on the train split: AdamW, a learning rate that falls to 0, shifts of up to a sixteenth.
 
     shape: (H, W, C) of an image. ``on_step(step, mean loss)`` is called every 20 steps and at the end. Returns the network in
-    evaluation mode. Deterministic for a seed on a CPU.
+    evaluation mode. Deterministic for a seed on a CPU. Raises ValueError if a loss or a weight is not finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -54,18 +55,20 @@ def train_classifier(
         decay.step()
         losses.append(loss.detach())
         if step % 20 == 0 or step == steps:
-            on_step(step, float(torch.stack(losses).mean()))
+            mean = float(torch.stack(losses).mean())
+            _check_finite(mean, "its loss", step)
+            on_step(step, mean)
             losses.clear()
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            _check_finite(float(value.abs().max()), name, steps)
     return network.eval().requires_grad_(False)
 
 
 @torch.inference_mode()
 def accuracy(classifier: ImageClassifier, images: ImageSplit, device: torch.device) -> float:
-    """Return the share of a split's images whose label the class network predicts."""
-    right = sum(
-        int((classifier(pixels.to(device))[1].argmax(dim=1).cpu() == labels).sum())
-        for pixels, labels in images.batches(FEATURE_BATCH)
-    )
+    """Return the share of a split's images whose label the class network predicts. Raises ValueError if a logit is not finite."""
+    right = sum(num_agreeing(classifier, pixels.to(device), labels) for pixels, labels in images.batches(FEATURE_BATCH))
     return right / len(images)
 
 
@@ -78,6 +81,14 @@ def split_features(extractor: FeatureExtractor, images: ImageSplit, device: torc
     """Yield the (B, D) float32 features of a split's images, in order, batch by batch."""
     for pixels, _ in images.batches(FEATURE_BATCH):
         yield extractor(pixels.to(device)).cpu().numpy()
+
+
+def _check_finite(value: float, name: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the class network diverged: {name} is not finite at step {step}; try another reference.classifier_batch_size, "
+            "reference.classifier_steps or seed"
+        )
 
 
 def _shift(pixels: Tensor, down: int, right: int) -> Tensor:

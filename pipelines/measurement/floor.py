@@ -9,9 +9,9 @@ from itertools import combinations
 
 import numpy as np
 
-from diffusion_core.metrics.frechet import frechet_distance
 from diffusion_core.metrics.statistics import GaussianStatistics
 from pipelines.measurement.measure import jackknife_error
+from pipelines.measurement.reference import finite_distance
 
 GROUPS = 8
 SUBSETS = 8
@@ -30,6 +30,13 @@ class Floor:
     num_samples: int
     num_images: int
     extrapolated: bool
+
+    @property
+    def smallest_set(self) -> int:
+        """The number of images in the smallest sets whose FID the value comes from: subsets, halves, or all images."""
+        if self.num_images >= 2 * self.num_samples:
+            return self.num_samples
+        return self.num_images if self.num_images < 4 * GROUPS else self.num_images // 2
 
 
 def floor_at(
@@ -53,24 +60,22 @@ def floor_at(
     rng = np.random.default_rng(seed)
     if images >= 2 * num_samples:
         subsets = [_by_class(test_labels, rng)[_evenly(num_samples, images, rng)] for _ in range(SUBSETS)]
-        values = [
-            frechet_distance(GaussianStatistics.from_features(test_features[subset]), train) for subset in subsets
-        ]
+        values = [_distance(GaussianStatistics.from_features(test_features[subset]), train) for subset in subsets]
         return Floor(float(np.mean(values)), float(np.std(values, ddof=1)), num_samples, images, extrapolated=False)
     if images < 4 * GROUPS:
-        value = frechet_distance(GaussianStatistics.from_features(test_features), train)
+        value = _distance(GaussianStatistics.from_features(test_features), train)
         return Floor(value, None, images, images, extrapolated=False)
     extrapolated = images < num_samples
     order = _by_class(test_labels, rng)
     groups = [GaussianStatistics.from_features(test_features[order[group::GROUPS]]) for group in range(GROUPS)]
-    whole = frechet_distance(_merged(groups, range(GROUPS)), train)
-    halves = {half: frechet_distance(_merged(groups, half), train) for half in balanced_halves()}
+    whole = _distance(_merged(groups, range(GROUPS)), train)
+    halves = {half: _distance(_merged(groups, half), train) for half in balanced_halves()}
     value = max(_on_line(num_samples, (images, whole), (images / 2, float(np.mean(list(halves.values()))))), 0.0)
     if images // 2 <= test_features.shape[1]:
         return Floor(value, None, num_samples, images, extrapolated)
     left_out = []
     for left in range(GROUPS):
-        most = frechet_distance(_merged(groups, [group for group in range(GROUPS) if group != left]), train)
+        most = _distance(_merged(groups, [group for group in range(GROUPS) if group != left]), train)
         half = float(np.mean([distance for members, distance in halves.items() if left not in members]))
         left_out.append(_on_line(num_samples, (images * (GROUPS - 1) / GROUPS, most), (images / 2, half)))
     return Floor(value, jackknife_error(left_out), num_samples, images, extrapolated)
@@ -89,6 +94,10 @@ def _on_line(num_samples: int, first: tuple[float, float], second: tuple[float, 
     (n1, y1), (n2, y2) = first, second
     b = (y2 - y1) / (1.0 / n2 - 1.0 / n1)
     return y1 + b * (1.0 / num_samples - 1.0 / n1)
+
+
+def _distance(statistics: GaussianStatistics, train: GaussianStatistics) -> float:
+    return finite_distance(statistics, train, "real test images")
 
 
 def _merged(groups: Sequence[GaussianStatistics], members: Sequence[int]) -> GaussianStatistics:

@@ -16,7 +16,7 @@ from diffusion_core.generation import SamplerSettings, generate
 from diffusion_core.metrics.frechet import frechet_distance
 from diffusion_core.metrics.statistics import GaussianStatistics
 from pipelines.measurement.labels import sample_labels
-from pipelines.measurement.reference import Reference
+from pipelines.measurement.reference import Reference, finite_distance, num_agreeing
 
 GROUPS = 8
 """Groups of samples (sample k is in group k modulo 8) that the jackknife leaves out in turn."""
@@ -118,7 +118,7 @@ def measure(
             if features is None:
                 features = np.empty((len(indices), extracted.shape[1]))
             features[positions.numpy()] = extracted
-            agreeing += int((reference.classifier(images)[1].argmax(dim=1).cpu() == labels[positions]).sum())
+            agreeing += num_agreeing(reference.classifier, images, labels[positions])
     assert features is not None, "measure needs at least one index"
     group_of = indices.numpy() % num_groups
     groups = (features[group_of == group] for group in range(num_groups))
@@ -134,14 +134,22 @@ def leave_one_out(groups: Sequence[GaussianStatistics], real: GaussianStatistics
 
 
 def jackknife_error(left_out: Iterable[float]) -> float:
-    """Return the standard error sqrt((g - 1) / g sum (v_i - mean v)^2) of a figure, from its g values without one group each."""
+    """Return the standard error sqrt((g - 1) / g sum (v_i - mean v)^2) of a figure, from its g values without one group each.
+
+    Raises ValueError if there are fewer than two values, or one is not finite.
+    """
     values = np.asarray(list(left_out), dtype=np.float64)
+    if len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError(f"the jackknife needs at least two finite figures, got {values.tolist()}")
     return float(np.sqrt((len(values) - 1) / len(values) * np.square(values - values.mean()).sum()))
 
 
 def distance_with_error(measurement: Measurement, real: GaussianStatistics) -> tuple[float, float | None]:
-    """Return the Frechet distance to ``real`` and its jackknife error, or None if there is one group."""
-    distance = frechet_distance(measurement.statistics, real)
+    """Return the Frechet distance to ``real`` and its jackknife error, or None if there is one group.
+
+    Raises ValueError if the distance is not finite.
+    """
+    distance = finite_distance(measurement.statistics, real, "samples")
     if len(measurement.groups) == 1 or min(group.n for group in measurement.groups) == 0:
         return distance, None
     return distance, jackknife_error(leave_one_out(measurement.groups, real))

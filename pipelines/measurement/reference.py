@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 from diffusion_core.metrics.extractors import FeatureExtractor, ImageClassifier, load_classifier, load_extractor
+from diffusion_core.metrics.frechet import frechet_distance
 from diffusion_core.metrics.statistics import GaussianStatistics
 from diffusion_core.storage import read_json
 
@@ -48,7 +50,7 @@ class Reference:
 
 
 def load_reference(folder: Path, data_hash: str) -> Reference:
-    """Read artifacts/reference. Raises ValueError if it is damaged or belongs to other data."""
+    """Read artifacts/reference. Raises ValueError if it is damaged or belongs to other data, or a figure is not finite."""
     try:
         description = read_json(folder / DESCRIPTION)
     except ValueError as error:
@@ -76,6 +78,34 @@ def load_reference_on(folder: str, data_hash: str, device: torch.device) -> Refe
     return load_reference(Path(folder), data_hash).to(device)
 
 
+@torch.inference_mode()
+def num_agreeing(classifier: ImageClassifier, images: Tensor, labels: Tensor) -> int:
+    """Return the number of images whose label the class network predicts.
+
+    images: (B, C, H, W) uint8 on the network's device; labels: (B,) on the CPU. Raises ValueError if a logit is not finite, because
+    argmax takes NaN for a class.
+    """
+    logits = classifier(images)[1].cpu()
+    if not logits.isfinite().all():
+        raise ValueError(f"the class network returned NaN or infinity: its weights are broken: {REMEDY}")
+    return int((logits.argmax(dim=1) == labels).sum())
+
+
+def finite_distance(statistics: GaussianStatistics, real: GaussianStatistics, what: str) -> float:
+    """Return the Frechet distance of the statistics of ``what``, such as samples, to ``real``.
+
+    Raises ValueError that names the broken statistics if one holds NaN or infinity or the distance is not finite: NaN compares as
+    False with everything, so it could win or lose any comparison later.
+    """
+    for name, part in ((what, statistics), ("real train images", real)):
+        if not (np.isfinite(part.mean).all() and np.isfinite(part.scatter).all()):
+            raise ValueError(f"the statistics of the {name} hold NaN or infinity: {REMEDY}")
+    distance = frechet_distance(statistics, real)
+    if not np.isfinite(distance):
+        raise ValueError(f"the FID of the {what} is not finite ({distance}), their features are too large: {REMEDY}")
+    return distance
+
+
 def save_statistics(statistics: Mapping[str, GaussianStatistics], path: Path) -> None:
     """Write named statistics as float64 tensors."""
     tensors: dict[str, np.ndarray] = {}
@@ -91,11 +121,12 @@ def load_statistics(path: Path) -> dict[str, GaussianStatistics]:
     try:
         tensors = load_file(path)
         names = [key.removesuffix(".n") for key in tensors if key.endswith(".n")]
+        _check_finite(tensors)
         return {
             n: GaussianStatistics(int(tensors[f"{n}.n"][0]), tensors[f"{n}.mean"], tensors[f"{n}.scatter"])
             for n in names
         }
-    except (OSError, SafetensorError, KeyError, IndexError) as error:
+    except (OSError, SafetensorError, KeyError, IndexError, ValueError) as error:
         raise ValueError(f"cannot read {path} ({error}): {REMEDY}") from None
 
 
@@ -110,6 +141,14 @@ def load_test_features(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     path = folder / TEST_FEATURES
     try:
         tensors = load_file(path)
+        _check_finite(tensors)
         return tensors["features"], tensors["labels"]
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"cannot read {path} ({error}): {REMEDY}") from None
+
+
+def _check_finite(tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError that names the first tensor with NaN or infinity."""
+    for name, values in sorted(tensors.items()):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} holds NaN or infinity")

@@ -11,12 +11,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_core.metrics.extractors import FeatureExtractor, ImageClassifier, build_inception, save_extractor
-from diffusion_core.metrics.frechet import frechet_distance
 from diffusion_core.metrics.statistics import GaussianStatistics, merge_statistics
 from diffusion_core.storage import write_json
 from pipelines.data.shards import ImageSplit, Manifest
 from pipelines.measurement.class_network import accuracy, save_class_network, split_features, train_classifier
-from pipelines.measurement.reference import DESCRIPTION, STATISTICS, save_statistics, save_test_features
+from pipelines.measurement.reference import (
+    DESCRIPTION,
+    STATISTICS,
+    finite_distance,
+    save_statistics,
+    save_test_features,
+)
 
 
 def write_reference(
@@ -63,7 +68,7 @@ def write_reference(
             "transform": dict(manifest.transform),
             "extractor": extractor.name,
             "extractor_digest": extractor.digest,
-            "test_fid": frechet_distance(GaussianStatistics.from_features(test_features), train),
+            "test_fid": finite_distance(GaussianStatistics.from_features(test_features), train, "test images"),
             "counts": {"train": train.n, "test": len(test_features)},
             "class_counts": list(manifest.class_counts["train"]),
             "classifier_test_accuracy": right,

@@ -104,17 +104,20 @@ def merge_units(units: Sequence[Unit], folder: Path) -> Measurement:
 
 
 def save_result(arrays: Arrays, folder: Path, unit: Unit) -> None:
-    """Write the result of a unit; the file is complete or absent."""
+    """Write the result of a unit; the file is complete or absent. Raises ValueError that names an array with NaN or infinity."""
+    if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"{unit.name}: {', '.join(broken)} hold NaN or infinity")
     with atomic_path(_path(folder, unit)) as temporary:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
 
 
 def load_result(folder: Path, unit: Unit) -> Arrays | None:
-    """Return the result of a finished unit, or None if its file is absent or damaged."""
+    """Return the result of a finished unit, or None if its file is absent, damaged or holds NaN or infinity."""
     try:
-        return load_file(_path(folder, unit))
+        arrays = load_file(_path(folder, unit))
     except (OSError, SafetensorError):
         return None
+    return arrays if all(np.isfinite(array).all() for array in arrays.values()) else None
 
 
 @lru_cache(maxsize=1)

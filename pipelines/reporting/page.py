@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,15 +58,53 @@ def render(title: str, results: Results) -> str:
         title=title,
         metric=metric,
         error=f"{metric}_error",
-        best=min(sweep, key=lambda row: float(row[metric])),
+        best=_best(sweep, metric),
+        notices=_notices(results, metric),
         etas=list(dict.fromkeys(row["eta"] for row in sweep)),
         steps=sorted({int(row["steps"]) for row in sweep}),
         cells={(row["eta"], int(row["steps"])): row for row in sweep},
         loss_plot=_svg(_loss_figure(results.losses)),
         trials_plot=_svg(_trials_figure(results.trials)) if results.trials else None,
+        left_out=_left_out(results.manifest),
         provenance=list(_flat(results.model["provenance"])),
         **{name: getattr(results, name) for name in Results.__dataclass_fields__},
     )
+
+
+def _best(sweep: Sequence[Row], metric: str) -> Row:
+    """Return the row with the lowest figure. Raises ValueError if no figure is finite."""
+    usable = [row for row in sweep if math.isfinite(float(row[metric]))]
+    if not usable:
+        raise ValueError(
+            f"no row of sweep.csv has a finite {metric}: run the evaluate stage again (dvc repro -f evaluate)"
+        )
+    return min(usable, key=lambda row: float(row[metric]))
+
+
+def _notices(results: Results, metric: str) -> dict[str, str]:
+    """Return the sentence for each figure that comes from too few images for its features, by the figure's place."""
+    notices = {
+        "sweep": (f"{metric} of", results.quality.get("few_images")),
+        "floor": (f"{metric} of", results.quality.get("floor_few_images")),
+        "search": (f"quick {metric} of", results.chosen.get("few_images")),
+        "gate": (f"{metric} of", results.registration["candidate"].get("few_images")),
+    }
+    return {place: f"{figure} {notice}" for place, (figure, notice) in notices.items() if notice}
+
+
+def _left_out(manifest: Any) -> list[dict[str, Any]]:
+    """Rows of the files that the prepare stage ignored or skipped, and of the colour profiles that it ignored."""
+    rows = [dict(group) for group in manifest.ignored]
+    for reason, names in (("broken: skipped", manifest.skipped), ("colour profile ignored", manifest.ignored_profiles)):
+        by_suffix: dict[str, list[str]] = {}
+        for name in names:  # "path.suffix (reason)"
+            suffix = re.search(r"(\.\w+) \(", name)
+            by_suffix.setdefault(suffix[1].lower() if suffix else "", []).append(name)
+        rows += [
+            {"reason": reason, "suffix": suffix, "files": len(own), "first": own[0]}
+            for suffix, own in sorted(by_suffix.items())
+        ]
+    return rows
 
 
 def _figure_with_error(value: str | float, error: str | float | None, digits: int = 3) -> str:

@@ -35,17 +35,22 @@ def run_search(
     reduction_factor: int,
     on_result: Callable[[Choice, TrialResult], None],
     trainable: Callable[..., None] = run_rung,
+    mark: str = "",
 ) -> list[Trial]:
     """Search with Ray Tune and return all trials. Skips rungs that already have a result.
 
     ``trainable(config, work)`` judges one trial at one rung, see `run_rung`. ``on_result`` is called once per result, in this
-    process, as soon as the result exists. Raises ValueError if a trial fails more than ``plan.max_retries`` times, or all trials
-    diverge.
+    process, as soon as the result exists. ``mark`` follows each quick FID in the log. Raises ValueError if a trial fails more than
+    ``plan.max_retries`` times, or all trials diverge.
     """
-    judge = _Judge(work, plan, trainable, on_result, _Progress(num_trials, rungs, reduction_factor))
+    judge = _Judge(work, plan, trainable, on_result, _Progress(num_trials, rungs, reduction_factor, mark))
     trials = search(proposer, judge, num_trials=num_trials, rungs=rungs, reduction_factor=reduction_factor)
     if all(trial.result.diverged for trial in trials):
-        raise ValueError("every trial of the search diverged: narrow tune.space, first its learning_rate")
+        first = trials[0]
+        raise ValueError(
+            f"every trial of the search diverged ({len(trials)} of {len(trials)}; {first.choice.name}: {first.result.reason}): "
+            "narrow tune.space, first its learning_rate"
+        )
     return trials
 
 
@@ -140,7 +145,8 @@ class _Judge:
 class _Progress:
     """Counts judged trials for the log lines. The time left is estimated from the training steps left."""
 
-    def __init__(self, num_trials: int, rungs: Sequence[int], reduction_factor: int) -> None:
+    def __init__(self, num_trials: int, rungs: Sequence[int], reduction_factor: int, mark: str = "") -> None:
+        self.mark = mark
         self.planned: dict[int, int] = {}
         self.added_steps: dict[int, int] = {}
         count, before = num_trials, 0
@@ -153,10 +159,15 @@ class _Progress:
         self.started = time.monotonic()
 
     def begin(self, step: int, count: int, stored: int) -> None:
-        """Count the results that an earlier run stored. After the first rung, divergence may have left fewer trials than planned."""
-        if step != min(self.planned):
-            self.steps_left += (count - self.planned[step]) * self.added_steps[step]
-            self.planned[step] = count
+        """Count the results that an earlier run stored.
+
+        After the first rung, divergence or a small space may have left fewer trials than planned.
+        """
+        first = min(self.planned)
+        if step != first:
+            for rung, planned in ((first, self.judged[first]), (step, count)):
+                self.steps_left += (planned - self.planned[rung]) * self.added_steps[rung]
+                self.planned[rung] = planned
         self.judged[step] += stored
         self.steps_left -= stored * self.added_steps[step]
 
@@ -168,9 +179,9 @@ class _Progress:
         self.steps_done += self.added_steps[step]
         seconds = (time.monotonic() - self.started) / self.steps_done * max(self.steps_left, 0)
         if result.diverged:
-            text = f"diverged before step {step}"
+            text = f"diverged before step {step} ({result.reason})"
         else:
-            text = f"FID {result.fid:.3f} +- {jackknife_error(result.leave_one_out):.3f} at step {step}"
+            text = f"FID {result.fid:.3f} +- {jackknife_error(result.leave_one_out):.3f}{self.mark} at step {step}"
         remaining = minutes_and_seconds(seconds)
         return f"{text}; {self.judged[step]} of {self.planned[step]} judged at this rung  ETA {remaining}"
 

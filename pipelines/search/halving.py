@@ -46,18 +46,22 @@ def search(
 ) -> list[Trial]:
     """Judge up to ``num_trials`` proposals at the first rung and the promoted ones at the next rungs; return all trials.
 
+    A space with fewer choices ends the proposals.
     ``judge(choices, step)`` returns the results of these choices at a rung, in their order.
     """
     choices: list[Choice] = []
     results: list[TrialResult] = []
     while len(choices) < num_trials:
-        generation = proposer.ask(min(GENERATION, num_trials - len(choices)))
+        wanted = min(GENERATION, num_trials - len(choices))
+        generation = proposer.ask(wanted)
         if not generation:
             break
         judged = judge(generation, rungs[0])
         proposer.tell([result.fid for result in judged])
         choices += generation
         results += judged
+        if len(generation) < wanted:  # the space has no more
+            break
     running = list(range(len(choices)))
     for rung in rungs[1:]:
         running = promoted({number: results[number] for number in running}, reduction_factor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 
 FAILED_FID = 1e9
@@ -33,14 +34,26 @@ class TrialResult:
     """A trial judged at a rung, after ``step`` training steps.
 
     ``leave_one_out``: the quick FID without each of the fixed groups of sample indices, in the order of the groups; empty for
-    a diverged trial, whose ``fid`` is `FAILED_FID`. ``loss`` is for display only: losses of different objectives and
-    schedules cannot be compared.
+    a diverged trial, whose ``fid`` is `FAILED_FID` and whose ``reason`` says what was not finite. A result with NaN or infinity
+    becomes that of a diverged trial, so no comparison ever sees one. ``loss`` is for display only: losses of different objectives
+    and schedules cannot be compared.
     """
 
     step: int
     fid: float
     leave_one_out: tuple[float, ...] = ()
     loss: float | None = None
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        figures = {"quick FID": [self.fid], "error of the quick FID": self.leave_one_out, "loss": [self.loss or 0.0]}
+        broken = [name for name, values in figures.items() if not all(map(math.isfinite, values))]
+        if broken or self.fid >= FAILED_FID:
+            failed = {"fid": FAILED_FID, "leave_one_out": (), "loss": None}
+            if broken and not self.reason:
+                failed["reason"] = f"{', '.join(broken)} not finite"
+            for name, value in failed.items():
+                object.__setattr__(self, name, value)
 
     @property
     def diverged(self) -> bool:

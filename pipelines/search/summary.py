@@ -10,12 +10,15 @@ from pipelines.measurement.measure import jackknife_error
 from pipelines.search.halving import Verdict
 from pipelines.search.records import Choice, Trial
 
-COLUMNS = ("trial", *(field.name for field in fields(Choice)), "step", "fid", "fid_error")
+COLUMNS = ("trial", *(field.name for field in fields(Choice)), "step", "fid", "fid_error", "few_images")
 """The columns of trials.csv."""
 
 
-def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Return the rows of trials.csv: the longest-trained trials first, then by FID, then by name."""
+def trial_rows(trials: Sequence[Trial], few_images: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of trials.csv: the longest-trained trials first, then by FID, then by name.
+
+    ``few_images``: whether the quick FIDs carry the notice of `pipelines.measurement.notice`.
+    """
     ordered = sorted(trials, key=lambda trial: (-trial.result.step, trial.result.fid, trial.choice.name))
     return [
         {
@@ -24,6 +27,7 @@ def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
             "step": trial.result.step,
             "fid": f"{trial.result.fid:.6g}",
             "fid_error": None if trial.result.diverged else f"{jackknife_error(trial.result.leave_one_out):.3g}",
+            "few_images": str(few_images).lower(),
         }
         for trial in ordered
     ]

@@ -68,7 +68,9 @@ def run_rung(config: Mapping[str, Any], work: TrialWork) -> None:
             result = judge_rung(
                 settings, state, images, reference, rung, num_samples=work.num_samples, ddim_steps=work.ddim_steps
             )
-            if not result.diverged:
+            if result.diverged:
+                log.warning("%s diverged before step %d: %s", choice, rung, result.reason)
+            else:
                 folder.save_checkpoint(state, key)
             folder.save_result(result)
     tune.report({"fid": result.fid})
@@ -94,7 +96,7 @@ class TrialFolder:
         """Return the result at a rung; None if it is missing or damaged."""
         try:
             with self.filesystem.open_input_stream(self._result_path(step)) as file:
-                content = json.loads(file.read())
+                content = json.loads(file.read(), parse_constant=_refuse_constant)
             return TrialResult(**{**content, "leave_one_out": tuple(content["leave_one_out"])})
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -158,6 +160,10 @@ class TrialFolder:
 
     def _result_path(self, step: int) -> str:
         return f"{self.path}/rung_{step:05d}.json"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} in a result")
 
 
 @lru_cache(maxsize=1)

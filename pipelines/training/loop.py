@@ -100,8 +100,8 @@ class Progress:
 class Hooks:
     """Callbacks of the loop. Each ``every`` counts steps; a hook also runs after the last step.
 
-    Hooks do not change the result. The order in a step is on_log, on_checkpoint, on_sample. The first two see a state that has been
-    checked to be finite. on_sample may run out of GPU memory: the loop then logs one line and continues.
+    Hooks do not change the result. The order in a step is on_log, on_checkpoint, on_sample. They see a state that has been checked to
+    be finite. on_sample may run out of GPU memory: the loop then logs one line and continues.
     """
 
     log_every: int = 10
@@ -212,7 +212,8 @@ def train(
         grad_norms.append(grad_norm)
         logged = state.step % hooks.log_every == 0 or state.step == settings.steps
         saved = state.step % hooks.checkpoint_every == 0 or state.step == last
-        if logged or saved:
+        sampled = state.step % hooks.sample_every == 0 or state.step == settings.steps
+        if logged or saved or sampled:
             _record(state, losses, grad_norms, world_size)
         if logged:
             speed = (state.step - began_step) / max(time.monotonic() - began, 1e-9)
@@ -220,7 +221,7 @@ def train(
             hooks.on_log(Progress(row, speed * settings.batch_size, (settings.steps - state.step) / speed))
         if saved:
             hooks.on_checkpoint(state)
-        if state.step % hooks.sample_every == 0 or state.step == settings.steps:
+        if sampled:
             try:
                 hooks.on_sample(state)
             except torch.OutOfMemoryError:

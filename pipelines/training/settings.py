@@ -55,6 +55,18 @@ def train_settings(train: Train, seed: int, manifest: Manifest, precision: str) 
     )
 
 
+def shortened(train: Train, steps: int) -> Train:
+    """Return the settings of a run of ``steps`` steps that stands for the whole one, such as a trial of the search.
+
+    The schedule of the learning rate keeps its shape: the warm-up takes the same share of the steps, rounded, at least 1 if there is
+    one, and the decay ends with the run. Otherwise a warm-up of the whole run's length would fill a short run: with 5,000 of 200,000
+    steps and trials of 4,000, the learning rate would reach its peak at a trial's last step and never fall. The decay of the EMA stays: `diffusion_core.ema.warmup_decay` limits the average to about
+    the last ninth of the steps so far, so it scales with a short run by itself.
+    """
+    warmup_steps = max(round(train.warmup_steps * steps / train.steps), min(train.warmup_steps, 1))
+    return train.model_copy(update={"steps": steps, "warmup_steps": min(warmup_steps, steps)})
+
+
 def read_best(path: Path) -> Best:
     """Return the search's choice from best.yaml. Raises ValueError if the file does not have its form."""
     tree = read_yaml(path)

@@ -19,7 +19,6 @@ from pipelines.identity import (
     open_state,
     source_digest,
     stage_dependencies,
-    workspace_id,
 )
 from pipelines.measurement.measure import measure
 from pipelines.params import read_yaml
@@ -199,11 +198,6 @@ def test_same_weights_of_other_library_code_differ_in_the_closure_digest(sources
     assert closure_digest(measure) == before
     append(sources / "diffusion_core/samplers.py", "\nADDED = 1\n")
     assert closure_digest(measure) != before
-
-
-def test_workspace_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert workspace_id() == workspace_id() != ""
 
 
 def test_identity_is_recorded_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

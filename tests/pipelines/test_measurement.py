@@ -523,9 +523,15 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         monkeypatch.setenv(name, "")  # MLflow sets both, and this restores them after the test
     monkeypatch.chdir(tmp_path)
+    write_stripes(80)
+
+
+def write_stripes(test_images: int) -> None:
+    """Write a data set of stripes into the current folder."""
+    counts = {"train": 160, "test": test_images}
     DATA.mkdir(parents=True)
     shards, class_counts = {}, {}
-    for seed, (split, count) in enumerate({"train": 160, "test": 80}.items()):
+    for seed, (split, count) in enumerate(counts.items()):
         images = Stripes(count, seed)
         shards[split] = write_shards(DATA, split, [(images.images.transpose(0, 2, 3, 1), images.labels)], 100)
         class_counts[split] = np.bincount(images.labels).tolist()
@@ -535,7 +541,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         class_names=["h", "v"],
         transform={"image_size": 8},
         shards=shards,
-        counts={"train": 160, "test": 80},
+        counts=counts,
         class_counts=class_counts,
         skipped=[],
     )

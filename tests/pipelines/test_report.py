@@ -37,6 +37,8 @@ class Split:
     shape: tuple[int, int, int] = (8, 8, 1)
     counts: Mapping[str, int] = None  # type: ignore[assignment]
     skipped: tuple[str, ...] = ()
+    ignored: tuple[Mapping[str, Any], ...] = ()
+    ignored_profiles: tuple[str, ...] = ()
     content_hash: str = "d" * 64
     transform: Mapping[str, Any] = None  # type: ignore[assignment]
 
@@ -195,6 +197,20 @@ def test_unknown_errors_are_said_to_be_unknown(results: Results) -> None:
     assert "best fid_classifier 0.350 eta" in text
     assert "unknown for this extractor" in text
     assert "champion before: 0.5000." in text
+
+
+def test_page_shows_what_was_ignored_and_skipped(results: Results) -> None:
+    assert "not in the data set" not in render("t", results)
+    manifest = replace(
+        results.manifest,
+        ignored=({"reason": "no suffix", "suffix": "", "files": 3, "first": "cat/<b>"},),
+        skipped=("cat/x (1).PNG (not an image)", "cat/y.png (truncated (3 bytes))"),
+        ignored_profiles=("cat/0.jpg (unreadable profile: x)",),
+    )
+    text = text_of(render("t", replace(results, manifest=manifest)))
+    assert "no suffix none 3 cat/<b>" in text
+    assert "broken: skipped .png 2 cat/x (1).PNG (not an image)" in text
+    assert "colour profile ignored .jpg 1 cat/0.jpg (unreadable profile: x)" in text
 
 
 def test_search_shows_the_error_of_each_trial_and_a_tie(results: Results) -> None:

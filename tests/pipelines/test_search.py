@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusion_core.ema import warmup_decay
+from diffusion_core.generation import NonFiniteOutputError
 from pipelines.identity import identify
 from pipelines.measurement.measure import measurement_rows
 from pipelines.params import RayRun, load_params, load_run_settings
@@ -27,9 +29,10 @@ from pipelines.search.halving import difference_error, promoted, rungs, search, 
 from pipelines.search.proposals import Proposals, Space
 from pipelines.search.records import FAILED_FID, Choice, Trial, TrialResult
 from pipelines.search.summary import describe_verdict, search_metrics, trial_rows
-from pipelines.search.trial import trial_settings
+from pipelines.search.trial import same_training, trial_settings
 from pipelines.search.worker import TrialFolder, TrialWork, run_rung
-from pipelines.training.loop import TrainSettings, new_state, train
+from pipelines.training.loop import TrainSettings, learning_rate_at, new_state, train
+from pipelines.training.settings import shortened
 from pipelines.tune import _best as best_of
 from pipelines.tune import trial_identity_settings
 from tests.conftest import ROOT, Project, kill_everything, make_project
@@ -204,6 +207,193 @@ def test_exhausted_space_ends_the_proposals(caplog: pytest.LogCaptureFixture) ->
     trials = search(Proposals(space, first, seed=1), judge, num_trials=30, rungs=(10,), reduction_factor=2)
     assert len({trial.choice for trial in trials}) == len(trials) == 4
     assert "only 4 different choices" in caplog.text
+
+
+def all_of(proposals: Proposals, num_trials: int) -> list[Choice]:
+    """Search without training, and return the choices of all trials."""
+    judge: Callable[..., list[TrialResult]] = lambda choices, step: [fake_result(each, step) for each in choices]  # noqa: E731
+    trials = search(proposals, judge, num_trials=num_trials, rungs=(10, 20), reduction_factor=2)
+    return [trial.choice for trial in trials]
+
+
+@pytest.mark.parametrize(
+    ("rates", "first", "expected"),
+    [
+        ((0.003, 0.003), 0.003, {0.003}),
+        ((0.003, 0.003002), 0.003, {0.003, 0.003001, 0.003002}),  # three rates of four digits
+        ((0.0029999, 0.003001), 0.0029999, {0.0029999, 0.003001}),  # the first one is 0.003 to four digits
+        ((0.00300012, 0.00300034), 0.00300023, {0.00300023}),
+        ((9.998e-4, 1.001e-3), 1e-3, {9.998e-4, 9.999e-4, 1e-3, 1.001e-3}),  # the digits change their place
+    ],
+)
+def test_every_rounded_learning_rate_of_a_small_space_is_tried_once(
+    rates: tuple[float, float], first: float, expected: set[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="rediffuse")
+    space = Space(("linear", "cosine", "linear"), ("v",), ("snr",), rates)
+    tried = all_of(Proposals(space, Choice("cosine", "v", "snr", first), seed=1), 30)
+    found = {name: [choice.learning_rate for choice in tried if choice.schedule == name] for name in space.schedule}
+    assert {f"{rate:.4g}" for rate in found["linear"]} == {f"{rate:.4g}" for rate in expected}
+    assert set(found["cosine"]) == expected
+    assert len(tried) == 2 * len(expected), "no rate twice"
+    assert all(rates[0] <= choice.learning_rate <= rates[1] for choice in tried)
+    assert caplog.text.count("no more trials") == 1
+
+
+def test_space_of_three_choices_ends_a_search_of_ten_trials_in_every_run(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="rediffuse")
+    space = Space(("linear", "cosine", "sigmoid"), ("v",), ("snr",), (1e-3, 1e-3))
+    runs = [all_of(Proposals(space, Choice("cosine", "v", "snr", 1e-3), seed=1), 10) for _ in range(2)]
+    assert len(set(runs[0])) == len(runs[0]) == 3 and runs[0] == runs[1]
+    assert caplog.text.count("only 3 different choices") == 2
+
+
+def test_names_of_the_same_training_are_one_trial() -> None:
+    """At an SNR above 1 in every step, truncated_snr is snr."""
+    base = replace(SETTINGS, schedule={"name": "linear", "num_steps": 1})
+    space = Space(("linear",), ("v",), ("snr", "truncated_snr", "snr_plus_one"), (1e-3, 1e-3))
+    first = Choice("linear", "v", "truncated_snr", 1e-3)
+    tried = all_of(Proposals(space, first, 1, partial(same_training, base)), 10)
+    assert {choice.weighting for choice in tried} == {"truncated_snr", "snr_plus_one"}
+    everything = [
+        Choice(schedule, objective, weighting, 1e-3)
+        for schedule in ("linear", "scaled_linear", "cosine", "sigmoid")
+        for objective in ("eps", "x0", "v")
+        for weighting in ("uniform", "snr", "truncated_snr", "snr_plus_one", "min_snr", "p2")
+    ]
+    assert len({same_training(SETTINGS, choice) for choice in everything}) == len(everything)
+    near = replace(FIRST, learning_rate=FIRST.learning_rate * (1 + 1e-6))
+    assert same_training(SETTINGS, near) == same_training(SETTINGS, FIRST)
+
+
+# trials see the training they stand for
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup_steps", "trial_steps", "expected"),
+    [(200_000, 5000, 4000, 100), (1200, 50, 160, 7), (20_000, 500, 800, 20), (1000, 1, 10, 1), (1000, 0, 10, 0),
+     (1000, 1000, 10, 10), (100, 10, 200, 20)],
+)  # fmt: skip
+def test_warmup_takes_the_same_share_of_a_trial(steps: int, warmup_steps: int, trial_steps: int, expected: int) -> None:
+    whole = load_params(ROOT / "params.yaml").train.model_copy(update={"steps": steps, "warmup_steps": warmup_steps})
+    short = shortened(whole, trial_steps)
+    assert (short.steps, short.warmup_steps) == (trial_steps, expected)
+    kept = short.model_copy(update={"steps": steps, "warmup_steps": warmup_steps})
+    assert kept == whole, "nothing else changes, the EMA's decay neither"
+
+
+def test_rate_of_a_trial_peaks_and_falls_as_that_of_the_whole_run() -> None:
+    """The defect: with the preset cifar10 the rate of a trial rose until its last step."""
+    train_params = load_params(ROOT / "params.yaml").train.model_copy(update={"steps": 200_000, "warmup_steps": 5000})
+    short = shortened(train_params, 4000)
+    whole, trial = (
+        replace(SETTINGS, steps=each.steps, warmup_steps=each.warmup_steps) for each in (train_params, short)
+    )
+    for share in (0.01, 0.025, 0.1, 0.5, 0.9, 0.999):
+        rates = [learning_rate_at(each, int(share * each.steps)) for each in (whole, trial)]
+        assert rates[1] == pytest.approx(rates[0], rel=0.03)
+    assert learning_rate_at(trial, 3999) < 1e-4 * trial.learning_rate
+
+
+def test_average_of_a_trial_forgets_the_initial_weights() -> None:
+    """Why ``ema_decay`` is not scaled: 0.9999 would average 10,000 steps, but the decay has a warm-up."""
+    initial, age = 1.0, 0.0
+    for step in range(1, 4001):
+        decay = warmup_decay(step, 0.9999)
+        initial *= decay
+        age = decay * (age + 1)
+    assert initial < 1e-20
+    assert 300 < age < 500, "mean age of the averaged weights, in steps: a tenth of the trial"
+
+
+# a result that is not finite
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        TrialResult(40, NAN),
+        TrialResult(40, INF),
+        TrialResult(40, -INF),
+        TrialResult(40, 0.1, (NAN,) * 8, 0.1),
+        TrialResult(40, 0.1, (0.1,) * 7 + (INF,), 0.1),
+        TrialResult(40, 0.1, (0.1,) * 8, NAN),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 2])
+def test_result_that_is_not_finite_neither_advances_nor_wins(broken: TrialResult, number: int, tmp_path: Path) -> None:
+    assert broken.diverged and "not finite" in broken.reason
+    results = [result_of(2.0, 40), result_of(1.0, 40)]
+    results.insert(number, broken)
+    assert promoted(dict(enumerate(results)), 2) == sorted({0, 1, 2} - {number})
+    trials = [trial_of(each, result) for each, result in enumerate(results)]
+    verdict = winner(trials)
+    assert verdict.winner.result.fid == 1.0 and len(verdict.tied) == 1
+    assert trial_rows(trials)[-1]["trial"] == trials[number].choice.name
+    folder = TrialFolder(str(tmp_path), FIRST)
+    folder.save_result(broken)
+    assert folder.result(40) == broken, "JSON has no NaN, and the reason survives a restart"
+
+
+def test_proposals_learn_from_a_result_that_is_not_finite() -> None:
+    proposals = Proposals(SPACE, FIRST, seed=1)
+    for _ in range(2):
+        generation = proposals.ask(10)
+        proposals.tell([TrialResult(10, NAN if number % 2 else 1.0).fid for number in range(len(generation))])
+    assert len(proposals.proposed) == 20
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity"])
+def test_stored_result_that_is_not_finite_is_judged_again(tmp_path: Path, text: str) -> None:
+    folder = TrialFolder(str(tmp_path), FIRST)
+    folder.save_result(result_of(1.25))
+    path = tmp_path / "trials" / FIRST.name / "rung_00010.json"
+    path.write_text(path.read_text().replace("1.25", text, 1))
+    assert folder.result(10) is None
+
+
+def test_network_that_returns_nan_ends_its_trial_and_not_the_search(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The defect: NaN became black images, whose FID is finite."""
+    from pipelines.search import trial as module
+    from pipelines.search import worker
+    from tests.pipelines.test_training_loop import CPU, Noise
+    from tests.pipelines.test_training_loop import SETTINGS as SMALL
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise NonFiniteOutputError("the network returned NaN or infinity at step t = 7")
+
+    monkeypatch.setattr(module, "measure", refuse)
+    monkeypatch.setattr(worker, "prepare_process", lambda threads: CPU)
+    monkeypatch.setattr(worker, "open_split", lambda *arguments: Noise())
+    monkeypatch.setattr(worker, "_load_reference", lambda *arguments: None)
+    reported: list[Mapping[str, float]] = []
+    monkeypatch.setattr("ray.tune.report", reported.append)
+    work = replace(fake_work(tmp_path), settings=SMALL)
+    caplog.set_level("INFO", logger="rediffuse")
+    run_rung({"choice": asdict(FIRST), "rung": 2}, work)
+    assert reported == [{"fid": FAILED_FID}]
+    result = TrialFolder(str(tmp_path), FIRST).result(2)
+    assert result is not None and result.diverged and "NaN or infinity at step t = 7" in result.reason
+    assert f"{FIRST} diverged before step 2: the network returned NaN" in caplog.text
+    assert not list(tmp_path.glob("trials/*/step_*")), "its state is not used again"
+
+
+def test_search_whose_trials_all_fail_ends_with_one_error_that_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(
+        globals(), "fake_result", lambda choice, step: TrialResult(step, FAILED_FID, reason="weights not finite")
+    )
+    caplog.set_level("INFO", logger="rediffuse")
+    with pytest.raises(
+        ValueError, match=r"every trial of the search diverged \(5 of 5; .*weights not finite\): narrow"
+    ):
+        answered(tmp_path / "state", monkeypatch, lambda choice: True)
+    assert caplog.text.count("diverged before step 10 (weights not finite)") == 5
 
 
 @pytest.mark.parametrize("num_trials", [1, 6, 23])
@@ -392,6 +582,14 @@ def test_key_of_trials_holds_rows_per_call_and_device_but_not_the_choice() -> No
     assert key_of(replace(SETTINGS, steps=41)) != key and key_of(SETTINGS, "cuda") != key
     found = [trial_identity_settings(SETTINGS, tune_params, each) for each in ("cpu", "cuda")]
     assert [each["tune.rows_per_call"] for each in found] == [measurement_rows("cpu"), measurement_rows("cuda")]
+
+
+def test_search_from_few_images_says_so_in_its_tables() -> None:
+    trials = [trial_of(0, result_of(1.0))]
+    assert [row["few_images"] for row in trial_rows(trials)] == ["false"]
+    assert [row["few_images"] for row in trial_rows(trials, few_images=True)] == ["true"]
+    assert "few_images" not in best_of(winner(trials), ())
+    assert best_of(winner(trials), (), "a notice")["few_images"] == "a notice"
 
 
 def test_best_yaml_names_the_modules_of_a_forced_search() -> None:

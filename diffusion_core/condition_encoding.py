@@ -68,10 +68,15 @@ def encode_conditions(
                 batch[row, column] = index
         elif spec.kind == "multi_hot":
             given = [condition] if isinstance(condition, str | Real) else condition
-            weights = given if isinstance(given, Mapping) else dict.fromkeys(given, 1.0)
+            pairs = list(given.items()) if isinstance(given, Mapping) else [(name, 1.0) for name in given]
+            positions = [find(name) for name, _ in pairs]
+            if len(set(positions)) < len(positions):
+                raise ValueError(
+                    f"condition {row} names an attribute twice: a list holds names, each once; give {{name: weight}} for values"
+                )
             batch[row] = 0.0
-            for name, weight in weights.items():
-                batch[row, find(name)] = float(weight)
+            for position, (_, weight) in zip(positions, pairs, strict=True):
+                batch[row, position] = float(weight)
         elif spec.kind == "vector":
             batch[row] = _numbers(condition, spec, row)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,7 @@ class Denoiser:
 
         ``level``: the step in [-1, T) whose noise x_t really has, if that is not t. DDIM inversion calls the network at
         step t while the image is still one level below; at level -1 it is clean, and x0 is x_t itself.
+        Where the network returns NaN or infinity, the estimates are NaN, also with ``clip``.
         Raises ValueError if the condition does not have one entry per image, self_condition does not have the shape of x_t, or
         the network's output is not a tensor of the right shape.
         """
@@ -118,10 +120,12 @@ class Denoiser:
             output = objectives.to_x0("eps", eps, x_t, alpha_bar)
         x0 = objectives.to_x0(self.objective, output, x_t, alpha_bar)
         if self.clip is not None:
+            finite = x0.isfinite()
             if self.dynamic_percentile is not None:
                 x0 = threshold_dynamically(x0, self.dynamic_percentile, self.clip)
             else:
                 x0 = x0.clamp(-self.clip, self.clip)
+            x0 = torch.where(finite, x0, math.nan)  # else infinity would become a colour
             if self.rederive_eps:
                 return Prediction(x0, objectives.eps_from_x0(x0, x_t, alpha_bar), fraction)
         return Prediction(x0, objectives.to_eps(self.objective, output, x_t, alpha_bar), fraction)

@@ -159,7 +159,8 @@ class DiffusersPipeline:
 def read_diffusers_pipeline(folder: Path, *, variant: str | None = None, **options: Any) -> DiffusersPipeline:
     """Read the folder of a ``DDPMPipeline`` or ``DDIMPipeline``, in evaluation mode.
 
-    As in diffusers, a DDIMPipeline samples with a DDIMScheduler, whatever class of scheduler its folder has settings of.
+    As in diffusers, the scheduler's class is the one that model_index.json names, and a DDIMPipeline samples with a DDIMScheduler,
+    also if its folder has the settings of a DDPMScheduler.
     ``variant`` as in `read_diffusers_folder`, ``options`` as in `unet_from_diffusers`. Raises ValueError if a file is missing or
     damaged, the folder holds another pipeline, or a setting is not supported; the error names it.
     """
@@ -177,7 +178,7 @@ def read_diffusers_pipeline(folder: Path, *, variant: str | None = None, **optio
             f"{folder} has {', '.join(others)} besides unet and scheduler: such a pipeline is not supported"
         )
     config = _mapping(_part(folder, "scheduler") / "scheduler_config.json")
-    config.setdefault("_class_name", _class_in(index, "scheduler"))
+    config["_class_name"] = _class_in(index, "scheduler") or config.get("_class_name")
     if kind == "DDIMPipeline" and config["_class_name"] in _OWN_DEFAULTS:
         config["_class_name"] = "DDIMScheduler"
     scheduler = scheduler_from_diffusers(config)
@@ -202,6 +203,8 @@ def scheduler_from_diffusers(config: Mapping[str, Any]) -> DiffusersScheduler:
         raise ValueError(f"scheduler {kind} is not supported: allowed are {', '.join(_OWN_DEFAULTS)}")
     known = {**_DEFAULTS, **_OWN_DEFAULTS[kind]}
     given = {name: config.get(name, default) for name, default in known.items()}
+    if "prediction_type" not in config and "predict_epsilon" in config:  # the name of the first releases
+        given["prediction_type"] = "epsilon" if config["predict_epsilon"] else "sample"
     objective = _choice(given, "prediction_type", _OBJECTIVES)
     variance = _choice(given, "variance_type", _VARIANCES) if "variance_type" in given else None
     if given["timestep_spacing"] not in _SPACINGS:
@@ -235,7 +238,10 @@ def _schedule(given: Mapping[str, Any]) -> NoiseSchedule:
         if not isinstance(value, int | float) or not 0.0 < value < 1.0:
             _refuse(given, setting, ("a number between 0 and 1",))
     if given["trained_betas"] is not None:
-        betas = torch.as_tensor(given["trained_betas"], dtype=torch.float64)
+        try:
+            betas = torch.as_tensor(given["trained_betas"], dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            _refuse(given, "trained_betas", ("a list of numbers",))
         if betas.shape != (steps,):
             raise ValueError(
                 f"diffusers' trained_betas has shape {tuple(betas.shape)}, but num_train_timesteps is {steps}: they must agree"
@@ -272,7 +278,7 @@ def _clip(given: Mapping[str, Any]) -> float | None:
 
 
 def _choice(given: Mapping[str, Any], name: str, choices: Mapping[str, str]) -> str:
-    if given[name] not in choices:
+    if not isinstance(given[name], str) or given[name] not in choices:
         _refuse(given, name, tuple(choices))
     return choices[given[name]]
 

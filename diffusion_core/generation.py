@@ -201,7 +201,8 @@ class _InItsPrecision(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Any, self_condition: Tensor | None = None) -> Tensor:
         last = None if self_condition is None else self_condition.to(self.dtype)
-        return self.network(x_t.to(self.dtype), t, condition, last).to(x_t.dtype)
+        output = self.network(x_t.to(self.dtype), t, condition, last)
+        return output.to(x_t.dtype) if isinstance(output, Tensor) else output  # the denoiser refuses anything else
 
 
 def _in_its_precision(model: DiffusionModel) -> DiffusionModel:

@@ -67,7 +67,8 @@ def karras_grid(
     schedule ends in pure noise, where sigma is infinite, and sigma_max is not given, that step comes first and the others
     start below it.
 
-    Raises ValueError if S lies outside 1 to T, rho is not above 0, or the sigmas are not in order within the schedule's.
+    Raises ValueError if S lies outside 1 to T, rho is not above 0, the sigmas are not in order within the schedule's, or
+    fewer than S steps lie between them.
     """
     _check_count(num_steps, schedule.num_steps)
     sigmas = schedule.sigma(torch.arange(schedule.num_steps))
@@ -84,7 +85,13 @@ def karras_grid(
     ramp = torch.linspace(0.0, 1.0, count, dtype=torch.float64) if count > 1 else torch.ones(count, dtype=torch.float64)
     wanted = (low ** (1.0 / rho) + ramp * (high ** (1.0 / rho) - low ** (1.0 / rho))).pow(rho)
     nearest = (wanted.log()[:, None] - finite.log()).abs().argmin(dim=1).tolist() if count else []
-    return grid_from_steps(_distinct(nearest, len(finite)) + pure_noise, schedule.num_steps)
+    if nearest and nearest[-1] - nearest[0] + 1 < count:
+        raise ValueError(
+            f"a Karras grid of {num_steps} steps does not fit between sigma {low:g} and {high:g}, where the schedule has "
+            f"{nearest[-1] - nearest[0] + 1}: give fewer steps or a wider range"
+        )
+    last = nearest[-1] + 1 if nearest else 0
+    return grid_from_steps(_distinct(nearest, last) + pure_noise, schedule.num_steps)
 
 
 def section_grid(schedule_steps: int, sections: int | Sequence[int] | str) -> Grid:

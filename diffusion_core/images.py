@@ -24,7 +24,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Convert uint8 images to float32 in [-1, 1]; `to_uint8` is its exact inverse. Raises ValueError if they are floats."""
-    if images.is_floating_point():
+    """Convert uint8 images to float32 in [-1, 1]; `to_uint8` is its exact inverse. Raises ValueError for another dtype."""
+    if images.dtype != torch.uint8:
         raise ValueError(f"to_float takes uint8 images with levels from 0 to 255, got {images.dtype}")
     return images.to(torch.float32) / 127.5 - 1.0

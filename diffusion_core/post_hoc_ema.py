@@ -47,7 +47,12 @@ def post_hoc_coefficients(steps: Sequence[int], sigma_rels: Sequence[float], ste
     # the coefficients are solution / length: start from one solution whose coefficients sum to 1 and keep to those that do
     start = (1.0 / length) / np.square(1.0 / length).sum()
     basis = np.linalg.svd((1.0 / length)[None])[2][1:].T
-    moved = np.linalg.lstsq(basis.T @ gram @ basis, basis.T @ (wanted - gram @ start), rcond=1e-14)[0]
+    inner, pull = basis.T @ gram @ basis, basis.T @ (wanted - gram @ start)
+    values, vectors = np.linalg.eigh(inner)
+    kept = values > 1e-14 * len(
+        steps
+    )  # gram has a diagonal of 1; what is smaller is rounding, as between equal snapshots
+    moved = vectors[:, kept] @ ((vectors[:, kept].T @ pull) / values[kept])
     coefficients = (start + basis @ moved) / length
     return coefficients / coefficients.sum()
 

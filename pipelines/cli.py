@@ -7,6 +7,7 @@ import csv
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -129,12 +130,13 @@ def sample(arguments: argparse.Namespace) -> None:
     from diffusion_core.storage import atomic_path
     from pipelines.devices import driver_device
     from pipelines.pictures import picture_of, png
+    from pipelines.workspace import home_expanded
 
     for name, lowest in (("num", 1), ("first", 0), ("batch_size", 1)):
         given = getattr(arguments, name)
         if given is not None and given < lowest:
             raise ValueError(f"--{name.replace('_', '-')}: given {given}, allowed at least {lowest}")
-    output = Path(arguments.output)
+    output = home_expanded(arguments.output)
     is_folder = _check_output(output, arguments.output.endswith(("/", os.sep)), arguments.overwrite)
     keep_freed_memory()
     device = arguments.device or str(driver_device())
@@ -208,6 +210,7 @@ def _chosen_classes(arguments: argparse.Namespace, model: DiffusionModel) -> Ten
 
 def _fields(text: str, option: str) -> list[str]:
     """Split a list at its commas, as a line of a CSV file. Raises ValueError if it is empty or a quote stays open."""
+    text = re.sub(r'"\s+(?=,|$)', '"', text)  # blanks after a quoted name
     try:
         fields = [field for line in csv.reader([text], skipinitialspace=True, strict=True) for field in line]
     except csv.Error as error:
@@ -404,11 +407,12 @@ def _validity(load: Callable[[], object]) -> str:
 
 
 def _mlflow_state(uri: str) -> str:
-    from pipelines.tracking import without_credentials
+    from pipelines.tracking import database_of, without_credentials
 
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
-        return f"{without_credentials(uri)} ({f'{path.stat().st_size / 2**20:.1f} MiB' if path.exists() else 'not created yet'})"
+    path = database_of(uri)
+    if path is not None:
+        size = f"{path.stat().st_size / 2**20:.1f} MiB" if path.exists() else "not created yet"
+        return f"{without_credentials(uri)} ({size})"
     import mlflow
 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

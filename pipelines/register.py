@@ -16,6 +16,8 @@ from pipelines.registry.champion_measurement import measure_champion
 from pipelines.registry.gate import COMPARED, NOTICE, RECORDED, Verdict, differences, judge, measured_error
 from pipelines.registry.registration import (
     ALIAS,
+    CODE_TAG,
+    DIGEST_TAG,
     champion,
     code_digest,
     create_version,
@@ -86,6 +88,10 @@ def _judge(
     if int(current.version) == int(version.version):
         return Verdict(False, "it is already the champion: the same weights, code and sampler settings"), measurement
     old: Mapping[str, Any] = recorded(current)
+    if all(current.tags.get(tag) == version.tags.get(tag) for tag in (DIGEST_TAG, CODE_TAG)):
+        verdict = judge(measurement, None)
+        reason = "the champion's weights and code, judged at other sampler settings, which are its defaults"
+        return (Verdict(True, reason) if verdict.promoted else verdict), old
     different = differences(measurement, old)
     if different:
         log.info("measuring the champion again: it was measured with another %s", ", ".join(different))

@@ -23,7 +23,7 @@ from diffusion_core.storage import read_json, write_json
 from pipelines.local_store import ARTIFACTS, DATABASE, local_path, reanchor
 from pipelines.params import TrackingRun
 from pipelines.stage import METRICS, PLOTS, log, quiet_environment
-from pipelines.workspace import current_workspace, in_project, project_root
+from pipelines.workspace import current_workspace, home_expanded, in_project, project_root
 
 T = TypeVar("T")
 KEY_TAG, STAGE_TAG, WORKSPACE_TAG = "rediffuse.key", "rediffuse.stage", "rediffuse.workspace"
@@ -62,11 +62,14 @@ def connect(tracking: TrackingRun) -> Any:
     from mlflow.exceptions import MlflowException
 
     _follow_the_project(uri, registry)
+    database = database_of(uri)
     try:
         with contextlib.chdir(project_root()):  # MLflow puts a new store's artifacts below the working folder
             client = _client(uri, registry)
             if client.get_experiment_by_name(tracking.experiment) is None:
-                location = (project_root() / ARTIFACTS).as_uri() if uri.startswith("sqlite") else None
+                # an outside store keeps its artifacts beside itself, so that they stay where they are if the project is moved
+                beside = project_root() if database is None or _in_project(uri) else database.parent
+                location = (beside / ARTIFACTS).as_uri() if uri.startswith("sqlite") else None
                 with contextlib.suppress(MlflowException):  # another process has just created it
                     client.create_experiment(tracking.experiment, artifact_location=location)
             experiment = client.get_experiment_by_name(tracking.experiment)
@@ -76,12 +79,14 @@ def connect(tracking: TrackingRun) -> Any:
         raise ValueError(
             f"MLflow store {without_credentials(uri)} cannot be used: {_first_line(error)}; check tracking.uri or MLFLOW_TRACKING_URI"
         ) from None
-    if _in_project(uri) is not None:
-        place = local_path(experiment.artifact_location)
-        if place is not None and not place.is_relative_to(project_root()) and not place.exists():
+    place = local_path(experiment.artifact_location) if database is not None else None
+    if place is not None and not place.is_relative_to(project_root()):
+        former = any(place.is_relative_to(root) for root in current_workspace().former_roots)
+        if former or (_in_project(uri) is not None and not place.exists()):
+            state = "where this project was before" if former else "which does not exist"
             raise ValueError(
-                f"the experiment {tracking.experiment} in {without_credentials(uri)} keeps its artifacts in {place}, which does not exist: bring the "
-                "folder back, or set another tracking.experiment"
+                f"the experiment {tracking.experiment} in {without_credentials(uri)} keeps its artifacts in {place}, {state}: "
+                "bring the folder back, or set another tracking.experiment"
             )
     return client
 
@@ -92,7 +97,7 @@ def connect_to_read(tracking: TrackingRun) -> Any:
     Raises ValueError if the store of the models does not exist.
     """
     uri, registry = _usable_stores(tracking)
-    missing = _database_of(registry)
+    missing = database_of(registry)
     if missing is not None and not missing.exists():
         raise ValueError(
             f"MLflow store {without_credentials(registry)} does not exist yet: no model has been registered; run dvc repro, or check tracking.uri"
@@ -304,21 +309,21 @@ def _stores(tracking: TrackingRun) -> dict[str, str]:
     }
 
 
-def _database_of(uri: str) -> Path | None:
+def database_of(uri: str) -> Path | None:
     """Return the file of a SQLite store, or None."""
     path = uri.partition(":///")[2].partition("?")[0]
-    return project_root() / path if uri.startswith("sqlite") and path else None
+    return project_root() / home_expanded(path) if uri.startswith("sqlite") and path else None
 
 
 def _in_project(uri: str) -> Path | None:
     """Return the file of a SQLite store that lies in the project's folder, or None."""
-    database = _database_of(uri)
+    database = database_of(uri)
     return database if database is not None and database.resolve().is_relative_to(project_root()) else None
 
 
 def _anchored(uri: str) -> str:
     """Return a store's address; the path of a SQLite file becomes absolute."""
-    database = _database_of(uri)
+    database = database_of(uri)
     if database is None:
         return uri
     before, _, path = uri.partition(":///")

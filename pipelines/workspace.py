@@ -10,6 +10,7 @@ import configparser
 import fcntl
 import logging
 import os
+import re
 import socket
 import uuid
 from dataclasses import asdict, dataclass
@@ -36,22 +37,30 @@ def project_root() -> Path:
 
 
 def in_project(path: str | Path) -> Path:
-    """Return a path of the project. It stays relative if the working folder is the project's folder."""
+    """Return a path of the project. It stays relative if the working folder is the project's folder. ``~`` is the home folder.
+
+    Raises ValueError as `home_expanded` does.
+    """
     root = project_root()
-    return Path(path) if root == Path.cwd().resolve() else root / path
+    path = home_expanded(path)
+    return path if root == Path.cwd().resolve() else root / path
+
+
+def home_expanded(path: str | Path) -> Path:
+    """Return the path with ``~`` replaced by the home folder. Raises ValueError if there is no such user or home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no home folder {Path(path).parts[0]}; give the whole path") from None
 
 
 def resolve_root(given: str | Path) -> Path:
     """Return the file or folder that params.yaml names. ``~`` is the home folder; other relative paths belong to the project.
 
-    In a temporary workspace, a path that is versioned with the project, and so exists in the workspace, is read there. Raises
-    ValueError if it begins with ``~`` and there is no such user or home folder.
+    In a temporary workspace, a path that exists only there is read there. Raises ValueError as `home_expanded` does.
     """
-    try:
-        path = Path(given).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{given}: there is no home folder {Path(given).parts[0]}; give the whole path") from None
-    return path if path.is_absolute() or path.exists() else in_project(path)
+    path, own = home_expanded(given), in_project(given)
+    return path if path.exists() and not own.exists() else own
 
 
 def project_run_settings() -> RunSettings:
@@ -165,6 +174,8 @@ def _settle(recorded: Workspace | None, root: Path) -> Workspace:
     """Return the record of a working copy that is new here, was moved here, or was copied here."""
     own = uuid.uuid4().hex[:12]
     host, inode = socket.gethostname(), (root / "runs").stat().st_ino
+    if recorded is None and (name := _former_name(root / "runs" / RECORD)):
+        return Workspace(name, str(root), host, inode)
     if recorded is None:
         if (root / "runs" / RECORD).exists():
             log.warning("%s is damaged: this project gets a new name for its MLflow runs", in_project("runs") / RECORD)
@@ -177,6 +188,15 @@ def _settle(recorded: Workspace | None, root: Path) -> Workspace:
         return Workspace(recorded.id, str(root), host, inode, roots, recorded.former_ids)
     log.info("this project is a copy of %s on %s: from now on its runs are its own", recorded.root, recorded.host)
     return Workspace(own, str(root), host, inode, roots, (*recorded.former_ids, recorded.id))
+
+
+def _former_name(path: Path) -> str | None:
+    """Return the name in a record of an earlier version, which held nothing else."""
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if re.fullmatch(r"[0-9a-f]{12}", text) else None
 
 
 def _is_here(recorded: Workspace, root: Path) -> bool:

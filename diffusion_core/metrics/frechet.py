@@ -14,12 +14,16 @@ def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> f
     stays real and accurate if a covariance lacks full rank (`GaussianStatistics.rank_deficient`: no more samples than
     features), whereas the eigenvalues of C1 C2 lose half of their digits. The result is then exact for the given statistics.
     As an estimate of the distance of the populations it is biased upwards; the bias grows as the samples get fewer.
-    At least 0. Raises ValueError if the numbers of features differ, or a set has fewer than two samples.
+    At least 0. Raises ValueError if the numbers of features differ, a set has fewer than two samples, or
+    statistics are not finite.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(
             f"the two sets have {first.mean.shape[0]} and {second.mean.shape[0]} features: use one extractor for both"
         )
+    for name, one in (("first", first), ("second", second)):
+        if not (np.isfinite(one.mean).all() and np.isfinite(one.covariance).all()):
+            raise ValueError(f"the {name} set's statistics hold NaN or infinity: so do its features")
     delta = first.mean - second.mean
     root = np.linalg.svd(_factor(first).T @ _factor(second), compute_uv=False).sum()
     distance = delta @ delta + np.trace(first.covariance) + np.trace(second.covariance) - 2.0 * root

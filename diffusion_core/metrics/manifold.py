@@ -126,6 +126,8 @@ def _within(points: _Samples, centres: _Samples, radius: Tensor) -> Tensor:
 def _squared_distances(first: _Samples, second: _Samples) -> tuple[Tensor, Tensor]:
     """Return (M, N) squared distances by one matrix product, and a bound on the rounding error of each."""
     norms = first.squares[:, None] + second.squares
+    if not bool(norms.isfinite().all()):
+        raise ValueError("the features are too large: their squared distances overflow float64; scale both sets down")
     squared = norms - 2.0 * (first.centred @ second.centred.T)
     return squared, 4.0 * (first.centred.shape[1] + 8) * torch.finfo(torch.float64).eps * norms
 

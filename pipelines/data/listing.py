@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ LISTING = "listing.csv"
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")
 """Names of folders that make a split, in any case."""
+SPLIT_WORD = re.compile(
+    r"(?<![^\W_])(train|training|test|testing|val|valid|validation|dev|eval)(?![^\W_])", re.IGNORECASE
+)
+"""A word in the name of a folder that may be a part of a split, such as seg_train or test-set."""
 
 
 @dataclass(frozen=True)
@@ -268,13 +273,13 @@ def _layout(root: Path, names: Sequence[str]) -> dict[str, Path]:
                     f"images must lie in {part}/<class>/"
                 )
         return parts
-    for name in (*train, *test):
+    for name in (*train, *test, *(name for name in names if SPLIT_WORD.search(name) and name not in (*train, *test))):
         inside = list(_class_like(root / name))
-        if inside and all(inside):
+        if 2 * sum(inside) > len(inside):
             raise ValueError(
-                f"prepare.root: {root / name} holds folders and no images: is it a part of a split, or a class? "
-                f"For a split, set prepare.root to it (prepare.test_fraction then holds out test images), or put a folder "
-                f"{'train' if test else 'test'} beside it and nothing else. For a class, rename it"
+                f"prepare.root: {root / name} holds more folders than images: is it a part of a split, or a class? "
+                "For a split, set prepare.root to it (prepare.test_fraction then holds out test images), or name the two folders "
+                "train and test, with nothing else beside them. For a class, rename it"
             )
     return {"all": root}
 

@@ -297,6 +297,13 @@ def _folder_items(part: str, folder: ImageFolder, root: Path) -> Items:
     for label, (name, own) in enumerate(folder.parts[part].items()):
         if not own:
             path = folder.folders[part] / name
+            if not path.exists() and part == "test":
+                continue  # prepare warns of classes without test images
+            if not path.exists():
+                raise ValueError(
+                    f"prepare.root: {path} does not exist, but the other part of the split has images of {name!r}: add images to "
+                    "train, or remove the class"
+                )
             inside = [group for group in folder.ignored if (root / group.first).is_relative_to(path)]
             why = "".join(f"; ignored: {group.first!r} ({group.reason})" for group in inside[:3])
             raise ValueError(f"prepare.root: the class folder {path} holds no images: remove it or fill it{why}")

@@ -22,7 +22,8 @@ def split_items(
     """Return the indices of train and test: disjoint, stratified by class, the same images for any order of the items.
 
     Images with the same content stay in the same split. The test share of each class differs from ``test_fraction`` by at
-    most the largest group of such images, and both splits get images of each class.
+    most the largest group of such images, and both splits get images of each class. The image of a class that has only one is
+    a train image.
     ``readable`` tells if image i can be decoded: copies of a broken file do not count, and stay in train.
     Raises ValueError, with the numbers, if the copies of images do not allow that.
     """
@@ -87,7 +88,7 @@ def _out_of_bounds(
     return [
         (label, taken[label])
         for label, total in enumerate(totals)
-        if total and (not 0 < taken[label] < total or abs(taken[label] - wanted[label]) > largest[label])
+        if total > 1 and (not 0 < taken[label] < total or abs(taken[label] - wanted[label]) > largest[label])
     ]
 
 

@@ -160,3 +160,11 @@ def test_class_index_is_a_whole_number_or_its_text(index):
 def test_what_is_no_class_index_is_refused(index):
     with pytest.raises(ValueError, match=r"unknown class index .* whole number from 0 to 2"):
         encode_class_indices([index], 3)
+
+
+def test_attribute_that_is_named_twice_is_refused() -> None:
+    spec = ConditionSpec("multi_hot", 10)
+    names = [str(index) for index in range(10)]
+    for condition in ([0, 0, 0, 1, 0, 0, 0, 0, 0, 0], {"3": 1.0, 3: 0.2}):
+        with pytest.raises(ValueError, match="names an attribute twice"):
+            encode_conditions([condition], spec, names)

@@ -232,3 +232,13 @@ def test_impossible_karras_grids_are_refused_with_the_noise_levels_of_the_schedu
     for count in (0, 101, 5.0):
         with pytest.raises(ValueError, match="choose 1 to 100"):
             karras_grid(schedule, count)
+
+
+def test_karras_grid_stays_between_its_sigmas_or_is_refused():
+    schedule = make_schedule("cosine", 1000)
+    for steps, low, high in ((20, 0.1, 5.0), (500, 0.1, 5.0), (900, None, 10.0)):
+        grid = karras_grid(schedule, steps, sigma_min=low, sigma_max=high)
+        assert len(grid) == steps
+        assert float(schedule.sigma(torch.tensor(grid[0][0]))) < 1.05 * high
+    with pytest.raises(ValueError, match="does not fit between sigma"):
+        karras_grid(schedule, 20, sigma_min=0.99, sigma_max=1.0)

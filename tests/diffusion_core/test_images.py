@@ -36,3 +36,9 @@ def test_conversion_of_what_is_already_converted_is_refused() -> None:
         to_uint8(torch.zeros(2, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"to_float takes uint8 images .* got torch.float32"):
         to_float(torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int64, torch.bool])
+def test_only_uint8_images_have_levels(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="to_float takes uint8 images"):
+        to_float(torch.ones(2, 2).to(dtype))

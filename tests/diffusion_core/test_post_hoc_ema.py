@@ -104,3 +104,9 @@ def test_impossible_snapshots_are_refused():
             post_hoc_coefficients(steps, widths, 10, 0.1)
     with pytest.raises(ValueError, match="must come from one network"):
         reconstruct_ema([one, PowerSnapshot(10, 0.05, {"other": torch.zeros(1)})], 0.1)
+
+
+def test_repeated_snapshots_share_the_weight():
+    for count in (2, 3):
+        coefficients = post_hoc_coefficients([10] * count, [0.1] * count, 10, 0.05)
+        np.testing.assert_allclose(coefficients, np.full(count, 1 / count), atol=1e-6)

@@ -552,3 +552,15 @@ def test_bad_single_steps_are_refused_with_the_remedy():
             take(denoiser, plain(x_t, 30), x_t, 30, 20, variance="learned")
     with pytest.raises(ValueError, match="floor is a variance above 0"):
         reverse_step(denoiser, prediction, x_t, 30, -1, floor=0.0)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_infinity_of_a_network_is_not_clipped_to_a_colour(name, value):
+    def network(x_t, t, condition, self_condition=None):
+        return torch.where((t > 50).view(-1, 1), torch.full_like(x_t, value), x_t)
+
+    noise = NoiseSource(3).for_samples((2,), torch.arange(4))
+    denoiser = Denoiser(network, make_schedule("linear", 100), "eps")
+    x_0 = ALL[name](denoiser, torch.zeros(4, 2), make_grid("trailing", 100, 5), noise)
+    assert not bool(x_0.isfinite().any())

@@ -276,8 +276,10 @@ def test_champion_whose_network_returns_nan_gives_way(
         raise NonFiniteOutputError("the network returned NaN or infinity at step t = 3")
 
     monkeypatch.setattr(register_stage, "measure_champion", fail)
-    current = SimpleNamespace(version="1", tags={"rediffuse.fid": "1.0"})
-    verdict, old = register_stage._judge(SimpleNamespace(version="2"), MEASURED, current, None)  # type: ignore[arg-type]
+    current = SimpleNamespace(version="1", tags={"rediffuse.fid": "1.0", "rediffuse.model_digest": "a"})
+    verdict, old = register_stage._judge(
+        SimpleNamespace(version="2", tags={"rediffuse.model_digest": "b"}), MEASURED, current, None
+    )  # type: ignore[arg-type]
     assert verdict.promoted
     assert (
         "the champion, version 1, cannot be measured: the network returned NaN or infinity at step t = 3" in caplog.text

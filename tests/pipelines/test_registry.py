@@ -273,15 +273,14 @@ JUDGED = SamplerSettings(steps=3, eta=1.0, guidance_scale=2.0)
 
 def register_version(folder: Path, name: str, model: DiffusionModel) -> None:
     """Register a version of the model in the store of this folder."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+            patch.setenv(variable, "")  # MLflow sets both, also in the test before
+        patch.chdir(folder)
         digest = model.save(MODEL)
         tracking = TrackingRun(uri=f"sqlite:///{folder / 'mlflow.db'}")
         with stage_run(tracking, "register", name, settings={}, tags={}) as run:
             create_version(run, name, MODEL, model, digest, "code", JUDGED)
-    finally:
-        os.chdir(before)
 
 
 @pytest.fixture(scope="module")

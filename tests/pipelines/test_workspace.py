@@ -229,7 +229,7 @@ def test_other_host_or_container_with_the_same_file_system_runs_the_same_workspa
     assert workspace_id() == name
 
 
-@pytest.mark.parametrize("text", ["", "3f2a9c0d1e4b\n", "[]", "{}", '{"id": 1}', "123456789012"])
+@pytest.mark.parametrize("text", ["", "3f2a9c0d1e\n", "[]", "{}", '{"id": 1}', "1234567890123"])
 def test_damaged_record_is_replaced(project: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     (project / "runs").mkdir()
     (project / "runs" / "workspace").write_text(text)
@@ -238,6 +238,13 @@ def test_damaged_record_is_replaced(project: Path, text: str, caplog: pytest.Log
     assert [record.message for record in caplog.records] == [
         "runs/workspace is damaged: this project gets a new name for its MLflow runs"
     ]
+
+
+def test_record_of_an_earlier_version_keeps_its_name(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (project / "runs").mkdir()
+    (project / "runs" / "workspace").write_text("3f2a9c0d1e4b\n")
+    assert workspace_id() == "3f2a9c0d1e4b" == json.loads((project / "runs" / "workspace").read_text())["id"]
+    assert not caplog.records
 
 
 def test_two_first_stages_agree_on_the_name(project: Path) -> None:

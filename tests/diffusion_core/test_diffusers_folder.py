@@ -119,6 +119,13 @@ def test_prediction_type_clipping_and_variance_are_read_from_the_scheduler():
     assert read(DDIM, variance_type="learned").variance is None  # a setting that a DDIMScheduler does not have
 
 
+def test_prediction_type_under_its_first_name_is_read():
+    assert scheduler_from_diffusers({**DDPM, "predict_epsilon": False}).objective == "x0"
+    assert scheduler_from_diffusers({**DDPM, "predict_epsilon": True}).objective == "eps"
+    with pytest.raises(ValueError, match="trained_betas='abc' is not supported"):
+        scheduler_from_diffusers({**DDPM, "trained_betas": "abc"})
+
+
 def test_grid_has_the_spacing_and_the_offset_of_the_scheduler():
     def steps(num_steps, base=DDPM, **change):
         return [t for t, _ in scheduler_from_diffusers({**base, **change}).grid(num_steps)]

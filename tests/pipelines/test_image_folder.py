@@ -230,12 +230,28 @@ def test_split_is_recognised_under_its_usual_names(tmp_path: Path, train: str, t
         (("train/cat", "val"), "val holds no class folders"),
         (("train/cat", "train/dog"), "part of a split, or a class"),
         (("Val/cat", "other/cat"), "part of a split, or a class"),
+        (("train_set/cat", "train_set/dog", "test_set/cat", "test_set/dog"), "part of a split, or a class"),
+        (("seg_train/cat", "seg_test/cat"), "part of a split, or a class"),
+        (("train/cat", "train/dog", "train", "dev/cat"), "part of a split, or a class"),
     ],
 )
 def test_unclear_split_is_refused_with_a_question(tmp_path: Path, folders: tuple[str, ...], question: str) -> None:
     for folder in folders:
         save(tmp_path / folder / "0.png")
     with pytest.raises(ValueError, match=f"prepare.root: .*{question}"):
+        open_source(SourceSettings("folder", root=str(tmp_path)))
+
+
+def test_class_that_one_part_of_a_split_lacks(tmp_path: Path) -> None:
+    for folder in ("train/cat", "train/dog", "val/cat"):
+        save(tmp_path / folder / "0.png")
+    source = open_source(SourceSettings("folder", root=str(tmp_path)))
+    assert source.class_names == ("cat", "dog")
+    assert source.items["test"].labels.tolist() == [0]
+    save(tmp_path / "val" / "owl" / "0.png")
+    with pytest.raises(
+        ValueError, match="train/owl does not exist, but the other part of the split has images of 'owl'"
+    ):
         open_source(SourceSettings("folder", root=str(tmp_path)))
 
 

@@ -287,3 +287,14 @@ def test_champion_whose_network_returns_nan_gives_way(
     assert register_stage._finite_fid(old) is None, "registration.json holds no NaN"
     assert register_stage._finite_fid({"fid": "2.5"}) == 2.5
     assert register_stage._finite_fid({}) is register_stage._finite_fid(None) is None
+
+
+def test_champions_weights_at_another_gate_setting_become_its_new_version() -> None:
+    """Otherwise the alias would serve the settings of the former gate."""
+    tags = {"rediffuse.model_digest": "a", "rediffuse.code_digest": "c", "rediffuse.fid": "1.0"}
+    current, version = SimpleNamespace(version="1", tags=tags), SimpleNamespace(version="2", tags=tags)
+    verdict, old = register_stage._judge(version, MEASURED, current, None)  # type: ignore[arg-type]
+    assert verdict.promoted and "other sampler settings" in verdict.reason
+    assert old is not None and old["fid"] == "1.0"
+    verdict, _ = register_stage._judge(version, {**MEASURED, "fid": NAN}, current, None)  # type: ignore[arg-type]
+    assert not verdict.promoted

@@ -132,7 +132,12 @@ def test_relative_data_roots_belong_to_the_project(project: Path, monkeypatch: p
     monkeypatch.chdir(made)
     assert resolve_root("data") == project / "data"
     (made / "versioned").mkdir()
-    assert resolve_root("versioned") == Path("versioned"), "the experiment's own version of the data"
+    assert resolve_root("versioned") == Path("versioned"), "only the experiment has it"
+    (project / "versioned").mkdir()
+    assert resolve_root("versioned") == project / "versioned", "git may hold a part of the folder only"
+    assert in_project("~/state") == project.parent / "state"
+    with pytest.raises(ValueError, match="there is no home folder ~nobody-here"):
+        in_project("~nobody-here/state")
 
 
 def test_every_command_reads_the_run_settings_of_the_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

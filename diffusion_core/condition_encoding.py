@@ -120,7 +120,7 @@ def _numbers(condition: Any, spec: ConditionSpec, row: int) -> Tensor:
 
 
 def _finder(names: Sequence[str], size: int, what: str = "label") -> Callable[[Any], int]:
-    """Return the function from a name to its position, or from an index to itself if there are no names."""
+    """Return a function that maps a name to its index. Without names, it checks and returns the given index."""
     if not names:
         return lambda index: _checked_index(index, size)
     positions = _positions(names)

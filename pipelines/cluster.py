@@ -234,7 +234,7 @@ def _short_folders() -> Iterator[dict[str, Any]]:
 
 
 def _short_folder() -> Path:
-    """Return this user's folder with a short path. Raises ValueError if there is no place for one."""
+    """Create and return a folder of this user with a short path. Raises ValueError if none can be created."""
     for parent in ("/tmp", "/var/tmp", "/dev/shm"):
         folder = Path(parent, f"ray-{os.getuid()}")
         try:

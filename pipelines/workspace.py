@@ -47,7 +47,7 @@ def in_project(path: str | Path) -> Path:
 
 
 def home_expanded(path: str | Path) -> Path:
-    """Return the path with ``~`` replaced by the home folder. Raises ValueError if there is no such user or home folder."""
+    """Replace ``~`` in the path by the home folder. Raises ValueError if the user or the home folder does not exist."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -124,7 +124,8 @@ def _started_from(folder: Path) -> Path | None:
 
 
 RUNS = in_project("runs") if _started_from(Path.cwd().resolve()) else Path("runs")
-"""Where a stage's resumable state and the project's records lie; relative to the project, which is a stage's working folder."""
+"""Folder of the stages' resumable state and the project's records. It is relative, because stages run in the project's folder; absolute
+in a temporary workspace."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from ruamel.yaml import YAML
 from pipelines.stage import quiet_environment
 
 quiet_environment()  # `uv run pytest` makes Ray start each worker with `uv run` otherwise
-settings.register_profile("no deadline", deadline=None)  # a busy machine is no fault of a test
+settings.register_profile(
+    "no deadline", deadline=None
+)  # on a busy machine, examples take longer than hypothesis allows
 settings.load_profile("no deadline")
 if "PYTEST_XDIST_WORKER" in os.environ:  # two files at a time: threads of both would wait for the same two cores
     torch.set_num_threads(1)

@@ -169,7 +169,7 @@ class _Walk:
             return sorted(e.name for e in entries if _reason_of_name(e.name) is None and stat.S_ISDIR(_mode(e)))
 
     def report_outside(self, folder: Path) -> None:
-        """Count everything that lies directly in ``folder`` and is no folder."""
+        """Count the ignored entries of ``folder``: files, broken links, and folders with ignored names."""
         with os.scandir(folder) as entries:
             for entry in entries:
                 mode = _mode(entry)

@@ -84,7 +84,7 @@ class TrainState:
 
 
 class TrainingDivergedError(ValueError):
-    """A loss, gradient norm or weight is no longer finite; raised on every rank at the same step."""
+    """A loss, gradient norm or weight is NaN or infinite. All ranks raise it at the same step."""
 
 
 @dataclass(frozen=True)

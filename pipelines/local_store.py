@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 ARTIFACTS = "mlartifacts"
 DATABASE = "mlflow.db"
 BUSY_SECONDS = 60.0
-"""How long another process may hold the store."""
+"""Seconds to wait for another process that has locked the store."""
 LOCATIONS = (
     ("experiments", "artifact_location", ""),
     ("runs", "artifact_uri", ""),

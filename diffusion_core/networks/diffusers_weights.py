@@ -306,7 +306,7 @@ def _read_weights(folder: Path, variant: str | None) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}, which is no file of this folder")
+            raise ValueError(f"{index} names {name!r}, which is not a file in this folder")
         part = _load(folder / name)
         if twice := part.keys() & weights.keys():
             raise ValueError(f"{folder / name} holds {sorted(twice)[0]}, which another file holds too")

@@ -318,7 +318,7 @@ def test_damaged_index_or_file_is_refused_by_name(written):
         with pytest.raises(ValueError, match="has no weight_map"):
             read_diffusers_folder(folder)
     index.write_text(json.dumps({"weight_map": {some: "../elsewhere.safetensors"}}))
-    with pytest.raises(ValueError, match="which is no file of this folder"):
+    with pytest.raises(ValueError, match="which is not a file in this folder"):
         read_diffusers_folder(folder)
 
 

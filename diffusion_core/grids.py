@@ -100,7 +100,8 @@ def section_grid(schedule_steps: int, sections: int | Sequence[int] | str) -> Gr
     ``sections``: numbers of steps, one per equal part of the schedule from the clean end, evenly spaced within their part with
     both of its ends; one number, a list, or a string such as "10,15,20". Or "ddim25": 25 steps with one whole stride from step 0.
 
-    Raises ValueError if a part has fewer steps than its number, no whole stride gives that many steps, or ``sections`` is not a whole number, list or "ddimN".
+    Raises ValueError if a part has fewer steps than its number, no whole stride gives that many steps, or ``sections`` has
+    another form.
     """
     if not is_whole(schedule_steps) or schedule_steps < 1:
         raise ValueError(f"a schedule has a whole number of steps, at least 1, got {schedule_steps!r}")

@@ -45,7 +45,10 @@ def ray_session(settings: RayRun) -> Iterator[None]:
     if local and "ray" not in sys.modules:  # Ray reads the variable when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
+    from ray._private import ray_constants
 
+    if os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0":  # Ray read it when it was imported, maybe before quiet_environment
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     if ray.is_initialized():
         yield
         return

@@ -47,7 +47,8 @@ def ray_session(settings: RayRun) -> Iterator[None]:
     import ray
     from ray._private import ray_constants
 
-    if os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0":  # Ray read it when it was imported, maybe before quiet_environment
+    # Ray read the variable when it was imported, which may have been before quiet_environment.
+    if os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0":
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     if ray.is_initialized():
         yield

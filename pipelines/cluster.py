@@ -20,6 +20,7 @@ from pipelines.identity import State
 from pipelines.params import RayRun
 from pipelines.resources import Node, TaskPlan, TrainingPlan
 from pipelines.stage import log, quiet_environment
+from pipelines.termination import exit_on_sigterm, own_process_group
 from pipelines.workspace import in_project
 
 _started_here = False
@@ -54,7 +55,7 @@ def ray_session(settings: RayRun) -> Iterator[None]:
         yield
         return
     if local:
-        with _short_folders() as folders:
+        with _short_folders() as folders, own_process_group():
             ray.init(
                 address="local",
                 num_cpus=len(os.sched_getaffinity(0)) if settings.num_cpus == "auto" else settings.num_cpus,
@@ -78,6 +79,7 @@ def ray_session(settings: RayRun) -> Iterator[None]:
             )
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
             raise _no_cluster(address, error) from None
+    exit_on_sigterm()
     _started_here = local
     total = ray.cluster_resources()
     log.info("Ray: %d node(s), %g CPUs, %g GPUs", len(_alive_nodes()), total.get("CPU", 0), total.get("GPU", 0))

@@ -25,6 +25,7 @@ from pipelines.params import (
     record_reads,
     recorded_reads,
 )
+from pipelines.termination import STATUS, exit_on_sigterm
 from pipelines.workspace import RUNS, project_run_settings
 
 DATA = Path("artifacts/data")
@@ -83,6 +84,7 @@ def run_stage(name: str, work: Callable[[Params, RunSettings], None]) -> None:
     parser.add_argument("--run", type=Path, help="where and how to run (default: REDIFFUSE_RUN, else run.yaml)")
     arguments = parser.parse_args()
     quiet_environment()
+    exit_on_sigterm()
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {name}: %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     with one_line_errors(name):
@@ -105,7 +107,7 @@ def run_stage(name: str, work: Callable[[Params, RunSettings], None]) -> None:
 
 @contextmanager
 def one_line_errors(name: str) -> Iterator[None]:
-    """Turn errors that a user can cause into one line and exit status 1."""
+    """Turn errors that a user can cause into one line and exit status 1. SIGTERM gives one line and exit status 143."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -117,6 +119,10 @@ def one_line_errors(name: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == STATUS:
+            print(f"{name}: stopped by SIGTERM; run the same command again to resume", file=sys.stderr)
+        raise
 
 
 def describe_error(error: BaseException) -> str:

@@ -48,7 +48,7 @@ def train(params: Params, run: RunSettings) -> None:
         with stage_run(run.tracking, "train", identity.key, settings=flat, tags=tags) as tracked:
             tracked.log_dict({"overrides": dict(best.overrides), "settings": asdict(settings)}, "train_settings.json")
             try:
-                trained, folder = _trained(settings, plan, run.ray.storage, state, tracked)
+                trained, folder = _trained(settings, plan, run, state, tracked)
             except loop.TrainingDivergedError as error:
                 remedy = _remedy(settings, chosen="learning_rate" in best.overrides)
                 raise ValueError(f"{error}: {remedy}") from None
@@ -83,10 +83,10 @@ def train_identity(settings: loop.TrainSettings, data_hash: str) -> Identity:
 
 
 def _trained(
-    settings: loop.TrainSettings, plan: TrainingPlan, storage: str, state: State, tracked: Run
+    settings: loop.TrainSettings, plan: TrainingPlan, run: RunSettings, state: State, tracked: Run
 ) -> tuple[loop.TrainState, Path]:
     """Train on Ray. Return the final state, on the CPU, and the folder of its checkpoint."""
-    storage = state_storage(storage, "train", state)
+    storage = state_storage(run.ray.storage, "train", state)
     folders = {"the data set": DATA}
     check_shared(folders if is_uri(storage) else {**folders, "ray.storage": Path(storage)})
     progress = ProgressLog(tracked, settings.steps, state.folder / "samples")
@@ -99,6 +99,7 @@ def _trained(
         state=state,
         on_row=progress.on_row,
         on_picture=progress.on_picture,
+        grace_seconds=run.train.grace_seconds,
     )
     trained = loop.new_state(settings, torch.device("cpu"))
     checkpoint.load_checkpoint(trained, folder, state.key)

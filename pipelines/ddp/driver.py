@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipelines.ddp.surviving_state import (
 from pipelines.ddp.worker import worker
 from pipelines.identity import State
 from pipelines.resources import TrainingPlan
+from pipelines.termination import stopping
 from pipelines.training.checkpoint import check_checkpoint, load_checkpoint
 from pipelines.training.loop import TrainingDivergedError, TrainSettings, new_state
 
@@ -47,12 +49,14 @@ def train_on_ray(
     state: State,
     on_row: Callable[[dict[str, Any]], None],
     on_picture: Callable[[int, bytes], None],
+    grace_seconds: float = 25.0,
 ) -> Path:
     """Train with Ray Train and return the folder of the last checkpoint. Resumes from the newest whole checkpoint.
 
     ``storage``: the folder or URI of the checkpoints, seen by every node; ``earlier``: storages of earlier runs. ``on_row`` gets
     each row of `loop.rows`, new ones with images_per_s and seconds_left; ``on_picture`` gets the step and the PNG of each sample
     picture. Both run in the driver; they may receive a row twice after a resume. A finished run returns at once, without workers.
+    SIGTERM saves a checkpoint within ``grace_seconds`` and raises SystemExit(143).
 
     Raises TrainingDivergedError if the training diverged, CheckpointMismatchError if the checkpoint of a forced resume does not
     fit, and ValueError for anything else that a user can cause.
@@ -68,7 +72,7 @@ def train_on_ray(
         return folder
     if not is_uri(storage):
         rename_torn_snapshots(Path(storage) / RUN_NAME)
-    _fit(settings, plan, data_dir, storage, state, on_row, on_picture)
+    _fit(settings, plan, data_dir, storage, state, on_row, on_picture, grace_seconds)
     folder = newest_checkpoint(storage, state.key, state.folder / "final")
     if folder is None:
         raise ValueError(
@@ -85,13 +89,14 @@ def _fit(
     state: State,
     on_row: Callable[[dict[str, Any]], None],
     on_picture: Callable[[int, bytes], None],
+    grace_seconds: float,
 ) -> None:
-    """Run the workers to the end of the training."""
+    """Run the workers to the end of the training, or to a checkpoint after SIGTERM, and then raise SystemExit."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
 
-    queue = Queue(actor_options={"num_cpus": 0})
+    queue, stop = Queue(actor_options={"num_cpus": 0}), Queue(actor_options={"num_cpus": 0})
     config = {
         "settings": asdict(settings),
         "data_dir": str(data_dir.resolve()),
@@ -99,7 +104,7 @@ def _fit(
         "storage_path": storage,
         "key": state.key,
         "queue": queue,
-        "stop": Queue(actor_options={"num_cpus": 0}),
+        "stop": stop,
         "threads": plan.threads,
         "hooks": {
             "log_every": plan.log_every,
@@ -124,7 +129,7 @@ def _fit(
             checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
         ),
     )
-    with draining(queue, on_row, on_picture):
+    with stopping(partial(stop.put, True), grace_seconds), draining(queue, on_row, on_picture):
         try:
             trainer.fit()
         except Exception as error:
@@ -161,6 +166,8 @@ def draining(
                     log.info("resuming from the checkpoint of step %d", message["resumed"])
                 for row in message.get("rows", []):
                     on_row(row)
+                if "stopped" in message:
+                    log.info("SIGTERM: the checkpoint of step %d is saved", message["stopped"])
                 if "picture" in message:
                     on_picture(message["step"], message["picture"])
                 if "diverged" in message:

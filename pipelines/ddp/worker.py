@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ def worker(config: dict[str, Any]) -> None:
 
     Rank 0 puts its messages into the queue of the config: ``resumed`` with the rows so far, ``rows``, ``picture``, ``diverged``.
     Any rank puts ``out_of_memory``, and fails if there are other ranks, which ends them. On Ray's retry every rank returns at once.
+    A message in the config's ``stop`` queue ends the training with a checkpoint; rank 0 then puts ``stopped``.
     """
     import ray.train
     from ray.train.torch import get_device, prepare_model
@@ -87,10 +90,13 @@ def worker(config: dict[str, Any]) -> None:
             save_checkpoint(state, Path(folder), key)
             ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
 
-    hooks = Hooks(**config["hooks"], on_log=on_log, on_checkpoint=on_checkpoint, on_sample=on_sample)
+    stop = StopRequest(config["stop"], rank, world_size)
+    hooks = Hooks(**config["hooks"], on_log=on_log, on_checkpoint=on_checkpoint, on_sample=on_sample, stop=stop)
     wrap = (lambda network: prepare_model(network)) if world_size > 1 else (lambda network: network)
     try:
         train(settings, images, state, hooks, rank=rank, world_size=world_size, wrap=wrap)
+        if rank == 0 and state.step < settings.steps:
+            queue.put({"stopped": state.step})
     except TrainingDivergedError as error:  # every rank raises this, and a retry would too: end without a failure
         if rank == 0:
             queue.put({"diverged": str(error)})
@@ -99,6 +105,43 @@ def worker(config: dict[str, Any]) -> None:
         queue.put({"out_of_memory": True})
         if world_size > 1:  # the other ranks may wait for this one in a collective: only a failure ends them
             raise
+
+
+class StopRequest:
+    """The answer to "must the training stop after this step?", the same on every rank.
+
+    Rank 0 looks into the queue twice per second, in a thread. The ranks then agree by a maximum over one flag per rank, whose result is
+    read one step later: no rank waits for another one, and no GPU is asked.
+    """
+
+    def __init__(self, queue: Any, rank: int, world_size: int) -> None:
+        self.requested = threading.Event()
+        self.group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
+        self.flag = torch.zeros(1, dtype=torch.int32)
+        self.pending: Any = None
+        if rank == 0:
+            threading.Thread(target=self._watch, args=(queue,), name="stop", daemon=True).start()
+
+    def __call__(self) -> bool:
+        if self.group is None:
+            return self.requested.is_set()
+        if self.pending is not None:
+            self.pending.wait()
+            if self.flag.item():
+                return True
+        self.flag.fill_(int(self.requested.is_set()))
+        self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
+        return False
+
+    def _watch(self, queue: Any) -> None:
+        while True:
+            try:
+                if not queue.empty():
+                    break
+            except Exception:  # Ray shuts down
+                return
+            time.sleep(0.5)
+        self.requested.set()
 
 
 def broadcast_state(state: TrainState, rank: int) -> None:

@@ -68,6 +68,7 @@ class TrainRun(Section):
     log_every: Count = "auto"
     checkpoint_every: Count = "auto"
     sample_every: Count = "auto"
+    grace_seconds: Positive = 25.0
 
 
 class EvaluateRun(Section):

@@ -16,7 +16,7 @@ from diffusion_core.weightings import loss_weight
 from pipelines.measurement.measure import GROUPS, leave_one_out, measure, measurement_rows
 from pipelines.measurement.reference import Reference, finite_distance
 from pipelines.search.records import FAILED_FID, Choice, TrialResult
-from pipelines.training.loop import Images, TrainingDivergedError, TrainSettings, TrainState, train
+from pipelines.training.loop import Hooks, Images, TrainingDivergedError, TrainSettings, TrainState, train
 from pipelines.training.model import ema_model
 
 LOSS_STEPS = 10
@@ -56,6 +56,7 @@ def judge_rung(
     *,
     num_samples: int,
     ddim_steps: int,
+    hooks: Hooks | None = None,
 ) -> TrialResult:
     """Train ``state`` to step ``rung`` and return its quick FID. A state already at ``rung`` is only measured.
 
@@ -66,7 +67,7 @@ def judge_rung(
     assert state.step <= rung and num_samples >= 2 * GROUPS, (state.step, rung, num_samples)
     try:
         if state.step < rung:
-            train(settings, images, state, until=rung)
+            train(settings, images, state, hooks, until=rung)
     except TrainingDivergedError as error:
         return TrialResult(rung, FAILED_FID, reason=str(error))
     model = ema_model(settings, state)

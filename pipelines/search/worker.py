@@ -24,7 +24,10 @@ from pipelines.search.records import Choice, TrialResult
 from pipelines.search.trial import judge_rung, trial_settings
 from pipelines.stage import log
 from pipelines.training.checkpoint import load_checkpoint, save_checkpoint
-from pipelines.training.loop import TrainSettings, TrainState, new_state
+from pipelines.training.loop import Hooks, TrainSettings, TrainState, new_state
+
+CHECKPOINT_EVERY = 500
+"""Steps between the checkpoints of a trial within a rung. A killed trial repeats at most these."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,20 @@ def run_rung(config: Mapping[str, Any], work: TrialWork) -> None:
                 TrialFolder(storage, choice).restore(state, key, rung)
             images = open_split(Path(work.data_dir), "train")
             reference = _load_reference(work.reference_dir, work.data_hash, str(device))
+
+            def save(state: TrainState) -> None:
+                if state.step < rung:  # that of the rung follows its result
+                    folder.save_checkpoint(state, key)
+
             result = judge_rung(
-                settings, state, images, reference, rung, num_samples=work.num_samples, ddim_steps=work.ddim_steps
+                settings,
+                state,
+                images,
+                reference,
+                rung,
+                num_samples=work.num_samples,
+                ddim_steps=work.ddim_steps,
+                hooks=Hooks(checkpoint_every=CHECKPOINT_EVERY, on_checkpoint=save),
             )
             if result.diverged:
                 log.warning("%s diverged before step %d: %s", choice, rung, result.reason)

@@ -102,6 +102,9 @@ class Hooks:
 
     Hooks do not change the result. The order in a step is on_log, on_checkpoint, on_sample. They see a state that has been checked to
     be finite. on_sample may run out of GPU memory: the loop then logs one line and continues.
+
+    ``stop`` is asked after each step. If it returns True, which it must do on every rank at the same step, the loop saves a
+    checkpoint and ends.
     """
 
     log_every: int = 10
@@ -110,6 +113,7 @@ class Hooks:
     on_log: Callable[[Progress], None] = lambda progress: None
     on_checkpoint: Callable[[TrainState], None] = lambda state: None
     on_sample: Callable[[TrainState], None] = lambda state: None
+    stop: Callable[[], bool] = lambda: False
 
 
 def autocast_dtype(settings: TrainSettings) -> torch.dtype:
@@ -211,7 +215,8 @@ def train(
         losses.append(loss.detach())
         grad_norms.append(grad_norm)
         logged = state.step % hooks.log_every == 0 or state.step == settings.steps
-        saved = state.step % hooks.checkpoint_every == 0 or state.step == last
+        stopped = hooks.stop()
+        saved = state.step % hooks.checkpoint_every == 0 or state.step == last or stopped
         sampled = state.step % hooks.sample_every == 0 or state.step == settings.steps
         if logged or saved or sampled:
             _record(state, losses, grad_norms, world_size)
@@ -226,6 +231,8 @@ def train(
                 hooks.on_sample(state)
             except torch.OutOfMemoryError:
                 log.warning("step %d: no GPU memory for the sample picture; it is skipped", state.step)
+        if stopped:
+            break
     return state
 
 

@@ -99,7 +99,7 @@ def _trained(
         state=state,
         on_row=progress.on_row,
         on_picture=progress.on_picture,
-        grace_seconds=run.train.grace_seconds,
+        grace_seconds=run.grace_seconds,
     )
     trained = loop.new_state(settings, torch.device("cpu"))
     checkpoint.load_checkpoint(trained, folder, state.key)

@@ -68,7 +68,6 @@ class TrainRun(Section):
     log_every: Count = "auto"
     checkpoint_every: Count = "auto"
     sample_every: Count = "auto"
-    grace_seconds: Positive = 25.0
 
 
 class EvaluateRun(Section):
@@ -84,10 +83,11 @@ class RunSettings(Section):
     """All of run.yaml. A missing section or key is ``auto``.
 
     ``resume``: ``auto`` continues state of the same settings, inputs and code; ``force`` also continues state whose code has
-    changed since, and the model's provenance says so.
+    changed since, and the model's provenance says so. ``grace_seconds``: time that training gets after SIGTERM to save a checkpoint.
     """
 
     resume: Literal["auto", "force"] = "auto"
+    grace_seconds: Positive = 25.0
     ray: RayRun = RayRun()
     tracking: TrackingRun = TrackingRun()
     reference: ReferenceRun = ReferenceRun()
@@ -136,5 +136,8 @@ def load_run_settings(path: Path | None = None) -> RunSettings:
 def parse_run_settings(tree: object, origin: str = "run.yaml") -> RunSettings:
     """Check a tree of plain values against the schema; a section without keys is all ``auto``."""
     if isinstance(tree, dict):
-        tree = {key: {} if value is None and key != "resume" else value for key, value in tree.items()}
+        tree = {
+            key: {} if value is None and key not in ("resume", "grace_seconds") else value
+            for key, value in tree.items()
+        }
     return parse_section(RunSettings, tree, origin)

@@ -109,6 +109,10 @@ class Denoiser:
         raw = self.network(x_t, steps, condition, self_condition)
         output, variance = objectives.split_output(raw, x_t, self.learned_variance)
         output = output.to(x_t.dtype)
+        if self.clip is None or not self.rederive_eps:
+            output = (
+                output.clone()
+            )  # the estimates may be the output itself, and CUDA graphs write every output to one place
         fraction = None if variance is None else (variance.to(x_t.dtype) + 1.0) / 2.0
         if level == -1:
             alpha_bar = self.schedule.alpha_bar(t if self.objective == "x0" else -1)

@@ -41,8 +41,7 @@ def ray_session(settings: RayRun) -> Iterator[None]:
     """
     global _started_here
     quiet_environment()
-    address = settings.address or os.environ.get("RAY_ADDRESS") or None
-    local = address in (None, "local")
+    address, local = _address(settings), not joins_cluster(settings)
     if local and "ray" not in sys.modules:  # Ray reads the variable when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
@@ -88,6 +87,15 @@ def ray_session(settings: RayRun) -> Iterator[None]:
     finally:
         _started_here = False
         ray.shutdown()
+
+
+def joins_cluster(settings: RayRun) -> bool:
+    """Return True if `ray_session` joins a cluster, False if it starts a local Ray."""
+    return _address(settings) not in (None, "local")
+
+
+def _address(settings: RayRun) -> str | None:
+    return settings.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def cluster_nodes() -> list[Node]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from diffusion_core.networks.memory import keep_freed_memory
@@ -13,10 +17,31 @@ def prepare_process(threads: int) -> torch.device:
     On a CPU the process takes ``threads`` threads and keeps freed memory. Raises ValueError if Ray assigned a GPU that torch cannot
     use, or several GPUs.
     """
+    use_full_float32()
     device = assigned_device()
     if device.type == "cpu":
         prepare_cpu(threads)
     return device
+
+
+def use_full_float32() -> None:
+    """Switch TF32 off, so that float32 means the same on every device. PyTorch rounds convolutions on a GPU to TF32 by default."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Let the block compute the same bits in every run on the same type of GPU. Raises RuntimeError for an operation that cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it before its first product
+    former = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(former[0])
+        torch.backends.cudnn.benchmark = former[1]
 
 
 def prepare_cpu(threads: int) -> None:
@@ -52,6 +77,7 @@ def driver_device(device: str = "auto") -> torch.device:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("reference.device in run.yaml: given cuda, but torch sees no GPU here: set auto or cpu")
+    use_full_float32()
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 

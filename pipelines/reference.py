@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffusion_core.metrics.extractors import INCEPTION, build_inception, import_inception_weights
 from diffusion_core.storage import atomic_folder, file_sha256, read_json, write_json
-from pipelines.data.shards import ImageSplit, Manifest, open_split, read_manifest
-from pipelines.devices import driver_device
+from pipelines.cluster import check_shared, cluster_nodes, joins_cluster, place, ray_session
+from pipelines.data.shards import Manifest, open_split, read_manifest
+from pipelines.devices import deterministic, driver_device
 from pipelines.identity import identify, open_state
+from pipelines.measurement.distributed_reference import plan_reference, step_recorder, write_reference_on_ray
 from pipelines.measurement.notice import few_images_notice, marked
 from pipelines.measurement.reference import DESCRIPTION, STATISTICS, load_statistics
 from pipelines.measurement.reference_writer import write_reference
@@ -39,8 +40,6 @@ def reference(params: Params, run: RunSettings) -> None:
     settings = params.reference
     check_writable(REFERENCE.parent, METRICS, PLOTS, RUNS)
     manifest = read_manifest(DATA)
-    device = driver_device(run.reference.device)
-    splits = {split: open_split(DATA, split) for split in ("train", "test")}
     used = {"seed": params.seed, **flatten("reference", settings)}
     identity = identify("reference", used, {"data": manifest.content_hash}, [write_reference])
     state = open_state(identity, run.resume)
@@ -52,7 +51,7 @@ def reference(params: Params, run: RunSettings) -> None:
     tags = {"rediffuse.data_hash": manifest.content_hash}
     with stage_run(run.tracking, "reference", identity.key, settings=used, tags=tags) as tracked:
         if record is None:
-            record = _compute(finished, settings, manifest, splits, inception, seed=params.seed, device=device)
+            record = _compute(finished, settings, manifest, inception, seed=params.seed, run=run)
         else:
             log.info("finished state found: %s", finished)
         description = _copy_result(finished / FILES, state.changed_modules)
@@ -86,36 +85,44 @@ def _compute(
     finished: Path,
     settings: Reference,
     manifest: Manifest,
-    splits: Mapping[str, ImageSplit],
     inception: Mapping[str, Tensor] | None,
     *,
     seed: int,
-    device: torch.device,
+    run: RunSettings,
 ) -> dict[str, Any]:
-    """Compute the reference into the folder ``finished``, and return its record."""
-    losses: list[tuple[int, float]] = []
+    """Compute the reference into the folder ``finished``, and return its record.
 
-    def on_step(step: int, loss: float) -> None:
-        losses.append((step, loss))
-        if step % 200 == 0 or step == settings.classifier_steps:
-            log.info("class network: step %d/%d  loss %.4f", step, settings.classifier_steps, loss)
-
+    A Ray task computes if there is a cluster to join, else this process.
+    """
+    options = {
+        "manifest": manifest,
+        "extractor_name": settings.extractor,
+        "inception": inception,
+        "steps": settings.classifier_steps,
+        "batch_size": settings.classifier_batch_size,
+        "seed": seed,
+    }
     with atomic_folder(finished) as folder:
         (folder / FILES).mkdir()
-        write_reference(
-            folder / FILES,
-            manifest,
-            splits,
-            extractor_name=settings.extractor,
-            inception=inception,
-            steps=settings.classifier_steps,
-            batch_size=settings.classifier_batch_size,
-            seed=seed,
-            device=device,
-            on_step=on_step,
-        )
+        if joins_cluster(run.ray):
+            with ray_session(run.ray):
+                plan = plan_reference(run.reference.device, cluster_nodes())
+                place(plan)
+                check_shared({"the data set": DATA})
+                losses, device_type = write_reference_on_ray(folder / FILES, DATA, plan, **options)
+        else:
+            device = driver_device(run.reference.device)
+            losses, device_type = [], device.type
+            with deterministic():
+                write_reference(
+                    folder / FILES,
+                    splits={split: open_split(DATA, split) for split in ("train", "test")},
+                    device=device,
+                    on_step=step_recorder(losses, settings.classifier_steps, log.info),
+                    **options,
+                )
         record = {
-            "device_type": device.type,
+            "device_type": device_type,
             "losses": losses,
             "files": {path.name: file_sha256(path) for path in sorted((folder / FILES).iterdir())},
         }

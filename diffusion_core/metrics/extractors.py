@@ -57,8 +57,17 @@ class ImageClassifier(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = images.to(torch.float32) / 127.5 - 1.0
         x = x.contiguous(memory_format=torch.channels_last)
-        features = F.relu(self.hidden(F.adaptive_avg_pool2d(self.body(x), 2).flatten(1)))
+        features = F.relu(self.hidden(_mean_of_quarters(self.body(x)).flatten(1)))
         return features, self.head(self.dropout(features))
+
+
+def _mean_of_quarters(x: Tensor) -> Tensor:
+    """Return adaptive_avg_pool2d(x, 2), (B, C, 2, 2). The gradient of PyTorch's own differs from run to run on a GPU."""
+    height, width = x.shape[-2:]
+    rows = (slice(0, -(-height // 2)), slice(height // 2, height))
+    columns = (slice(0, -(-width // 2)), slice(width // 2, width))
+    means = [x[..., row, column].mean(dim=(-2, -1)) for row in rows for column in columns]
+    return torch.stack(means, dim=-1).unflatten(-1, (2, 2))
 
 
 def save_classifier(classifier: ImageClassifier, path: Path) -> None:

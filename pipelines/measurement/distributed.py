@@ -1,10 +1,10 @@
-"""Run units of work as Ray tasks, skip finished units, and retry units whose worker dies."""
+"""Run units of work on a pool of Ray actors, skip finished units, and retry units whose actor dies."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,12 @@ def measure_on_ray(
 def run_units(
     units: Sequence[Unit], work: Work, *, state_dir: Path, plan: TaskPlan, on_result: Callable[[Unit], None]
 ) -> None:
-    """Compute the units on Ray, the longest first, at most ``plan.max_concurrent`` at a time; save each result in ``state_dir``.
+    """Compute the units on Ray, the longest first, on a pool of at most ``plan.max_concurrent`` actors; save each result in ``state_dir``.
 
-    Skips units that have a result. ``on_result(unit)`` is called for every unit when its result is on disk. Retries a unit whose
-    worker dies up to ``plan.max_retries`` times. Raises ValueError if it dies more often; errors of a unit propagate.
+    Each actor is one process with the CPUs and the GPU of the plan, and loads the model and the networks of the reference once. Skips
+    units that have a result. ``on_result(unit)`` is called for every unit when its result is on disk. Retries a unit whose
+    actor dies up to ``plan.max_retries`` times, on another actor. Raises ValueError if it dies more often; errors of a unit propagate.
     """
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
     finished = [unit for unit in units if load_result(state_dir, unit) is not None]
     if finished:
         log.info("resuming: %d of %d units are finished", len(finished), len(units))
@@ -79,33 +77,107 @@ def run_units(
     if not waiting:
         return
     progress = _Progress(len(units), len(finished), sum(unit.cost for unit in waiting))
-    task = ray.remote(_compute).options(num_cpus=plan.cpus, num_gpus=plan.gpus, max_retries=0)
-    shared = ray.put(work)
-    deaths: dict[Unit, int] = dict.fromkeys(waiting, 0)
-    running: dict[Any, Unit] = {}
-    while waiting or running:
-        while waiting and len(running) < plan.max_concurrent:
-            unit = waiting.popleft()
-            running[task.remote(shared, unit, plan.threads)] = unit
-        ready = ray.wait(list(running), num_returns=1)[0][0]
-        unit = running.pop(ready)
+    pool = _Pool(work, plan)
+    deaths: Counter[str] = Counter()
+    try:
+        while waiting or pool.computing:
+            pool.grow_to(len(waiting) + pool.computing)
+            while waiting and pool.idle:
+                pool.submit(waiting.popleft())
+            done, result = pool.next_result()
+            if isinstance(result, Exception):
+                name = done.name if done else "a process of the pool"
+                deaths[name] += 1
+                reason = " ".join(str(result).split())[:300]
+                if deaths[name] > plan.max_retries:
+                    raise ValueError(f"{name}: its worker died {deaths[name]} times, the last time: {reason}")
+                log.warning("retry %d of %d of %s: %s", deaths[name], plan.max_retries, name, reason)
+                if done:
+                    waiting.append(done)
+            elif done and result:
+                save_result(result, state_dir, done)
+                progress.add(done, result)
+                on_result(done)
+    finally:
+        pool.end()
+
+
+class _Pool:
+    """Actors that compute units. An actor that dies is dropped, and replaced if there is work for it.
+
+    Ray hides every GPU from an actor but its own for the actor's whole life. A task would be put into any idle process, which keeps
+    the GPU of its first task.
+    """
+
+    def __init__(self, work: Work, plan: TaskPlan) -> None:
+        import ray
+
+        self.plan = plan
+        self.work = ray.put(work)
+        self.actor = ray.remote(_Computer).options(num_cpus=plan.cpus, num_gpus=plan.gpus, max_restarts=0)
+        self.idle: list[Any] = []
+        self.running: dict[Any, tuple[Any, Unit | None]] = {}
+        """The actor and the unit of each call that has not ended; no unit while an actor starts."""
+
+    @property
+    def computing(self) -> int:
+        """Units that are being computed."""
+        return sum(unit is not None for _, unit in self.running.values())
+
+    def grow_to(self, count: int) -> None:
+        """Start actors until there is one per unit, or as many as the plan allows."""
+        while len(self.idle) + len(self.running) < min(count, self.plan.max_concurrent):
+            actor: Any = self.actor.remote()
+            self.running[actor.prepare.remote(self.plan.threads)] = actor, None
+
+    def submit(self, unit: Unit) -> None:
+        """Let an idle actor compute the unit."""
+        actor = self.idle.pop()
+        self.running[actor.compute.remote(self.work, unit)] = actor, unit
+
+    def next_result(self) -> tuple[Unit | None, Arrays | Exception | None]:
+        """Wait for one call. Return its unit with the arrays, or with the error if the actor died; (None, None) if an actor is ready.
+
+        Errors of the unit itself propagate.
+        """
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        done = ray.wait(list(self.running), num_returns=1)[0][0]
+        actor, unit = self.running.pop(done)
         try:
-            arrays: Arrays = ray.get(ready)
+            arrays: Arrays | None = ray.get(done)
         except RayTaskError:
             raise
-        except RayError as error:  # the process or the node died, or the result was lost with its node
-            deaths[unit] += 1
-            reason = " ".join(str(error).split())[:300]
-            if deaths[unit] > plan.max_retries:
-                raise ValueError(
-                    f"{unit.name}: its worker died {deaths[unit]} times, the last time: {reason}"
-                ) from None
-            log.warning("retry %d of %d of %s: %s", deaths[unit], plan.max_retries, unit.name, reason)
-            waiting.append(unit)
-            continue
-        save_result(arrays, state_dir, unit)
-        progress.add(unit, arrays)
-        on_result(unit)
+        except RayError as error:
+            ray.kill(actor)
+            return unit, error
+        self.idle.append(actor)
+        return unit, arrays
+
+    def end(self) -> None:
+        """End all actors."""
+        import ray
+
+        for actor in [*self.idle, *(actor for actor, _ in self.running.values())]:
+            ray.kill(actor)
+
+
+class _Computer:
+    """An actor of the pool: one process on the device that Ray assigned to it."""
+
+    device: torch.device
+
+    def prepare(self, threads: int) -> None:
+        self.device = prepare_process(threads)
+
+    def compute(self, work: Work, unit: Unit) -> Arrays:
+        try:
+            return unit.compute(work, unit, self.device)
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"{unit.name} does not fit into GPU memory: set evaluate.gpus_per_task in run.yaml to 1, or use a larger GPU"
+            ) from None
 
 
 class _Progress:
@@ -134,8 +206,3 @@ class _Progress:
             self.images / elapsed,
             minutes_and_seconds(elapsed * (self.total_cost - self.cost) / self.cost),
         )
-
-
-def _compute(work: Work, unit: Unit, threads: int) -> Arrays:
-    device: torch.device = prepare_process(threads)
-    return unit.compute(work, unit, device)

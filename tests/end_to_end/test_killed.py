@@ -192,7 +192,7 @@ def test_killed_sweep_does_not_repeat_finished_units(copied_project: Project, vi
     if victim == "driver":
         stage_process(psutil.Process(started.pid), "evaluate").kill()
     elif victim == "worker":
-        workers = running(started.pid, "ray::_compute")
+        workers = running(started.pid, "ray::_Computer")
         assert workers, "a unit runs"
         workers[0].kill()
     else:

@@ -94,7 +94,7 @@ def _compute(
 
     A Ray task computes if there is a cluster to join, else this process.
     """
-    options = {
+    options: dict[str, Any] = {
         "manifest": manifest,
         "extractor_name": settings.extractor,
         "inception": inception,

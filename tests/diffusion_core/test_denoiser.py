@@ -151,3 +151,26 @@ def test_bad_options_are_refused_with_the_remedy():
         Denoiser(network, SCHEDULE, "eps")(noisy(), 100)
     with pytest.raises(ValueError, match="the network returned"):
         Denoiser(lambda x, *_: x[:, :1], SCHEDULE, "eps")(noisy(), 5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sample", ["heun", "dpmpp_2m"])
+def test_network_with_one_output_buffer_gives_the_same_images(objective, sample):
+    """CUDA graphs write every output of a network to the same memory."""
+    from diffusion_core import samplers
+    from diffusion_core.grids import make_grid
+
+    buffer = torch.empty_like(noisy())
+
+    def network(x_t, t, condition, self_condition=None):
+        return 0.3 * x_t + 0.01 * t.view(-1, 1, 1, 1)
+
+    def static_network(x_t, t, condition, self_condition=None):
+        return buffer.copy_(network(x_t, t, condition))
+
+    function = {"heun": samplers.sample_heun, "dpmpp_2m": samplers.sample_dpmpp_2m}[sample]
+    grid = make_grid("trailing", SCHEDULE.num_steps, 5)
+    images = [
+        function(Denoiser(each, SCHEDULE, objective, clip=None), noisy(), grid) for each in (network, static_network)
+    ]
+    assert torch.equal(*images)

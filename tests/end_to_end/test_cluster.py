@@ -106,17 +106,21 @@ def short_folder() -> Iterator[Path]:
 
 def test_training_across_two_raylets_gives_the_weights_of_one_machine(trained: Project, untrained: Project) -> None:
     script = (
-        "import os, subprocess, sys\n"
+        "import os, shutil, subprocess, sys\n"
         "from ray.cluster_utils import Cluster\n"
         "cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 0})\n"
         "for _ in range(2): cluster.add_node(num_cpus=1)\n"
         "cluster.wait_for_nodes()\n"
-        "code = subprocess.run([sys.executable, '-m', 'pipelines.train'], env={**os.environ, 'RAY_ADDRESS': cluster.address}).returncode\n"
+        "environment = {**os.environ, 'RAY_ADDRESS': cluster.address}\n"
+        "shutil.rmtree('runs/reference')\n"
+        "run = lambda stage: subprocess.run([sys.executable, '-m', 'pipelines.' + stage], env=environment).returncode\n"
+        "code = run('reference') or run('train')\n"
         "cluster.shutdown()\n"
         "sys.exit(code)\n"
     )
     text = untrained.run(sys.executable, "-c", script, RAY_USAGE_STATS_ENABLED="0", HOME=str(CLEAN_HOME))
     assert "Ray: 3 node(s), 2 CPUs" in text  # a head without CPUs: each worker needs a node of its own
+    assert "reference: one task with 1 CPUs and 0 GPUs" in text
     assert "world_size=2" in text or "size 2" in text
     assert weights(untrained) == weights(trained)
 

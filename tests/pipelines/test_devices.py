@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from pipelines.devices import assigned_device, prepare_cpu
+from pipelines.devices import assigned_device, deterministic, prepare_cpu, prepare_process
 
 
 def test_process_takes_its_share_of_the_cores() -> None:
@@ -33,3 +35,22 @@ def test_assigned_gpu_is_used_or_refused_but_never_replaced_by_the_cpu(monkeypat
     monkeypatch.setattr("ray.get_gpu_ids", lambda: [0, 1])
     with pytest.raises(ValueError, match="2 GPUs to one process"):
         assigned_device()
+
+
+def test_process_computes_float32_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch allows TF32 in the convolutions of a GPU by default."""
+    monkeypatch.setattr("ray.get_gpu_ids", lambda: [0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    assert prepare_process(1) == torch.device("cuda:0")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_deterministic_block_refuses_other_algorithms_and_restores_the_settings() -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -339,6 +339,12 @@ def die_once(work: Work, unit: Unit, device: torch.device) -> dict[str, np.ndarr
     return {"first": np.asarray([unit.first]), "network_calls": np.asarray([1])}
 
 
+def tell_process(work: Work, unit: Unit, device: torch.device) -> dict[str, np.ndarray]:
+    import os
+
+    return {"pid": np.asarray([os.getpid()]), "network_calls": np.asarray([1])}
+
+
 def fail(work: Work, unit: Unit, device: torch.device) -> dict[str, np.ndarray]:
     raise ValueError("a unit's own error")
 
@@ -369,6 +375,20 @@ def test_unit_of_a_dead_worker_is_computed_again_with_the_reason(
         run_units(units, here, state_dir=tmp_path / "state", plan=PLAN, on_result=again.append)
     assert again == units
     assert "resuming: 2 of 2 units are finished" in caplog.text
+
+
+def test_each_process_of_the_pool_computes_many_units(ray_of_two: None, tmp_path: Path) -> None:
+    from pipelines.measurement.distributed import run_units
+
+    units = [Unit(tell_process, SamplerSettings(steps=2), first, 8) for first in range(0, 96, 8)]
+    run_units(units, Work(str(tmp_path), "", "", "", 0, 8), state_dir=tmp_path, plan=PLAN, on_result=lambda unit: None)
+    pids = {int(result["pid"].item()) for unit in units if (result := load_result(tmp_path, unit))}
+    assert 1 <= len(pids) <= 2, "as many processes as device slots, each with the model loaded once"
+    again = [Unit(tell_process, SamplerSettings(steps=3), 0, 8)]
+    run_units(again, Work(str(tmp_path), "", "", "", 0, 8), state_dir=tmp_path, plan=PLAN, on_result=lambda unit: None)
+    (result,) = [load_result(tmp_path, unit) for unit in again]
+    assert result is not None
+    assert int(result["pid"].item()) not in pids, "the pool has ended, so that its GPUs are free"
 
 
 def test_unit_whose_worker_keeps_dying_ends_the_run(ray_of_two: None, tmp_path: Path) -> None:

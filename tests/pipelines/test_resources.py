@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.measurement.distributed_reference import plan_reference
 from pipelines.params import EvaluateRun, TrainRun, TuneRun
 from pipelines.resources import Node, plan_training, plan_trials, plan_units
 
@@ -126,3 +127,25 @@ def test_what_auto_plans_fits_the_cluster(nodes: list[Node], batch_size: int) ->
     for count, cpus, gpus in wanted:
         fitting = sum(int(min(node.cpus / cpus, node.gpus / gpus if gpus else 1e9) + 1e-9) for node in nodes)
         assert 1 <= count <= fitting
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "cpus", "gpus"),
+    [
+        (LAPTOP, "auto", 2, 0),
+        (CPU_CLUSTER, "auto", 8, 0),
+        (GPU_CLUSTER, "auto", 4, 1),
+        (GPU_CLUSTER, "cuda", 4, 1),
+        (GPU_CLUSTER, "cpu", 16, 0),
+    ],
+)
+def test_reference_takes_a_gpu_of_the_cluster_or_the_cpus_of_one_node(
+    nodes: list[Node], device: str, cpus: float, gpus: float
+) -> None:
+    plan = plan_reference(device, nodes)  # type: ignore[arg-type]
+    assert (plan.cpus, plan.gpus) == (cpus, gpus)
+
+
+def test_reference_on_a_gpu_is_refused_in_a_cluster_without_one() -> None:
+    with pytest.raises(ValueError, match=r"reference\.device .* no node of the Ray cluster has a GPU: set auto or cpu"):
+        plan_reference("cuda", CPU_CLUSTER)

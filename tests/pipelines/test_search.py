@@ -31,7 +31,7 @@ from pipelines.search.records import FAILED_FID, Choice, Trial, TrialResult
 from pipelines.search.summary import describe_verdict, search_metrics, trial_rows
 from pipelines.search.trial import same_training, trial_settings
 from pipelines.search.worker import TrialFolder, TrialWork, run_rung
-from pipelines.training.loop import TrainSettings, learning_rate_at, new_state, train
+from pipelines.training.loop import Hooks, TrainSettings, learning_rate_at, new_state, train
 from pipelines.training.settings import shortened
 from pipelines.tune import _best as best_of
 from pipelines.tune import trial_identity_settings
@@ -685,6 +685,13 @@ def test_trial_resumed_at_a_rung_equals_an_uninterrupted_one(
     early = new_state(settings, device)
     folder.restore(early, "key", 4)
     assert early.step == 0, "a checkpoint beyond the rung is of no use"
+    saved: list[int] = []
+    judge(
+        new_state(settings, device),
+        rung=8,
+        hooks=Hooks(checkpoint_every=3, on_checkpoint=lambda s: saved.append(s.step)),
+    )
+    assert saved == [3, 6, 8], "a killed trial resumes within its rung"
     tensors = Path(folder.path) / "step_00000008/checkpoint.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1])
     folder.restore(early, "key", 8)

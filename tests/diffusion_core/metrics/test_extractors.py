@@ -5,6 +5,7 @@ import torch
 from diffusion_core.metrics.extractors import (
     FeatureExtractor,
     ImageClassifier,
+    _mean_of_quarters,
     load_classifier,
     load_extractor,
     register_with_torch_fidelity,
@@ -96,3 +97,9 @@ def test_only_uint8_images_have_features():
         extractor(torch.zeros(1, 3, 8, 8))
     features = extractor(images(3, 0))
     assert features.shape == (3, 6) and features.dtype == torch.float32 and np.isfinite(features.numpy()).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (4, 4), (5, 7), (1, 4)])
+def test_means_of_quarters_equal_adaptive_pooling(size):
+    x = torch.randn(3, 5, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.allclose(_mean_of_quarters(x), torch.nn.functional.adaptive_avg_pool2d(x, 2), rtol=0, atol=1e-14)

@@ -45,6 +45,8 @@ MACHINERY = (
     "pipelines.search.driver",
     "pipelines.search.worker",
     "pipelines.measurement.distributed",
+    "pipelines.measurement.distributed_reference",
+    "pipelines.termination",
 )
 """Modules and packages that decide where and how a result is computed, but not the result."""
 

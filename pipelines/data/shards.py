@@ -130,7 +130,10 @@ class ImageSplit:
 
 
 def open_split(folder: Path, split: str) -> ImageSplit:
-    """Map a split's shards into memory. Raises ValueError if a file is missing or does not match the manifest."""
+    """Map a split's shards into memory.
+
+    Raises ValueError if a file is missing or does not match the manifest, or a label is outside of the manifest's classes.
+    """
     manifest = read_manifest(folder)
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
@@ -145,6 +148,11 @@ def open_split(folder: Path, split: str) -> ImageSplit:
             if array.shape != expected:
                 raise ValueError(
                     f"{path} holds {array.shape}, the manifest says {expected}: run the prepare stage again"
+                )
+            classes = len(manifest.class_names)
+            if kind == "conditions" and len(array) and not 0 <= array.min() <= array.max() < classes:
+                raise ValueError(  # a GPU would fail later, in a kernel
+                    f"{path} holds labels from {array.min()} to {array.max()}, the data set has {classes} classes: run the prepare stage again"
                 )
             into.append(array)
     counts = [len(part) for part in labels]

@@ -72,7 +72,12 @@ def test_shards_give_back_every_image_and_label(tmp_path: Path) -> None:
     chunks = [(images[a:b], labels[a:b]) for a, b in ((0, 50), (50, 51), (51, 103))]
     shards = write_shards(tmp_path, "train", chunks, 25)
     assert [shard["count"] for shard in shards] == [25, 25, 25, 25, 3]
-    fields = {"class_counts": {"train": [103], "test": [0]}, "class_names": ["a"], "transform": {}, "skipped": []}
+    fields = {
+        "class_counts": {"train": [103], "test": [0]},
+        "class_names": list("abcdefg"),
+        "transform": {},
+        "skipped": [],
+    }
     write_manifest(
         tmp_path, counts={"train": 103, "test": 0}, shape=[4, 4, 3], shards={"train": shards, "test": []}, **fields
     )
@@ -82,6 +87,15 @@ def test_shards_give_back_every_image_and_label(tmp_path: Path) -> None:
     got, got_labels = split.gather(order)
     assert np.array_equal(got.permute(0, 2, 3, 1).numpy(), images[order])
     assert np.array_equal(got_labels.numpy(), labels[order])
+
+    path = tmp_path / str(shards[1]["conditions"])
+    changed = np.load(path)
+    changed[3] = 7
+    np.save(path, changed)
+    with pytest.raises(
+        ValueError, match=r"holds labels from \d to 7, the data set has 7 classes: run the prepare stage"
+    ):
+        open_split(tmp_path, "train")
 
 
 def test_split_is_stratified_disjoint_and_independent_of_the_order_of_files() -> None:

@@ -25,7 +25,7 @@ from pipelines.params import (
     record_reads,
     recorded_reads,
 )
-from pipelines.termination import STATUS, exit_on_sigterm
+from pipelines.termination import STATUS, exit_on_sigterm, sigterm_received
 from pipelines.workspace import RUNS, project_run_settings
 
 DATA = Path("artifacts/data")
@@ -119,10 +119,11 @@ def one_line_errors(name: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
-    except SystemExit as end:
-        if end.code == STATUS:
-            print(f"{name}: stopped by SIGTERM; run the same command again to resume", file=sys.stderr)
-        raise
+    except SystemExit:
+        if not sigterm_received():
+            raise
+        print(f"{name}: stopped by SIGTERM; run the same command again to resume", file=sys.stderr)
+        sys.exit(STATUS)  # a SystemExit that passes through ray.get or ray.wait loses its status
 
 
 def describe_error(error: BaseException) -> str:

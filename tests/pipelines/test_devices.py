@@ -41,8 +41,7 @@ def test_process_computes_float32_without_tf32(monkeypatch: pytest.MonkeyPatch) 
     """PyTorch allows TF32 in the convolutions of a GPU by default."""
     monkeypatch.setattr("ray.get_gpu_ids", lambda: [0])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     assert prepare_process(1) == torch.device("cuda:0")
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32

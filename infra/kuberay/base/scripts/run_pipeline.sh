@@ -36,6 +36,7 @@ others() {
     path=${path#/proc/}
     [ "${path%/stat}" != $$ ] || continue
     fields=${fields##*) } # the name before it may contain spaces
+    # shellcheck disable=SC2086 # split it into words
     set -- $fields
     [ "$1" = Z ] || [ "$3" != "$group" ] || return 0
   done

@@ -1,0 +1,283 @@
+"""infra/slurm on a real Slurm: slurmctld, two slurmd and munged of this test on this machine."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, Project, kill_everything, make_project, wait_until
+
+SCRIPTS = ROOT / "infra/slurm"
+NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "squeue", "scancel", "srun")
+SEARCH_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+MISSING = [name for name in NEEDED if shutil.which(name, path=SEARCH_PATH) is None]
+needs_slurm = pytest.mark.skipif(
+    bool(MISSING), reason=f"no {', '.join(MISSING)}: apt-get install --no-install-recommends slurm-wlm munge"
+)
+FAST = {"REDIFFUSE_JOIN_SECONDS": "120"}
+
+
+@dataclass
+class Slurm:
+    """Two nodes, n1 and n2, of one CPU each, on this machine."""
+
+    folder: Path
+    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_", "MLFLOW_", "REDIFFUSE_", "SLURM", "SBATCH_", "PYTEST"))
+        }
+        return {
+            **kept,
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PATH": f"{Path(sys.executable).parent}:{SEARCH_PATH}",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self) -> None:
+        user, host = getpass.getuser(), socket.gethostname().split(".")[0]
+        ports = free_ports(3)
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=autodetect\nIgnoreSystemd=yes\n")
+        nodes = "".join(
+            f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=1000\n"
+            for number, port in ((1, ports[1]), (2, ports[2]))
+        )
+        (self.folder / "slurm.conf").write_text(f"""
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthInfo=socket={self.folder}/munge.socket,cred_expire=5
+StateSaveLocation={self.folder}/state
+SlurmdSpoolDir={self.folder}/spool-%n
+SlurmctldPidFile={self.folder}/slurmctld.pid
+SlurmdPidFile={self.folder}/slurmd-%n.pid
+SlurmctldLogFile={self.folder}/slurmctld.log
+SlurmdLogFile={self.folder}/slurmd-%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+JobAcctGatherType=jobacct_gather/none
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+MpiDefault=none
+ReturnToService=2
+KillWait=30
+{nodes}PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+""")
+        munge = ["munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", f"--key-file={key}"]
+        munge += [f"--{name}-file={self.folder}/munge.{name}" for name in ("pid", "log", "seed") if name != "log"] + [
+            f"--log-file={self.folder}/munge.log"
+        ]
+        self._start(*munge)
+        wait_until((self.folder / "munge.socket").exists, 20, "munged")
+        self._start("slurmctld", "-D")
+        for name in ("n1", "n2"):
+            self._start("slurmd", "-D", "-N", name)
+        wait_until(
+            lambda: self.run("sinfo", "-h", "-o", "%T:%D", check=False).strip() == "idle:2", 60, "two idle nodes"
+        )
+
+    def _start(self, *command: str) -> None:
+        with open(self.folder / f"{command[0]}.out", "ab") as log:
+            self.daemons.append(
+                subprocess.Popen(
+                    command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            )
+
+    def stop(self) -> None:
+        self.run("scancel", "--user", getpass.getuser(), check=False)
+        deadline = time.monotonic() + 45
+        while self.run("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        own = str(self.folder)
+        for process in psutil.process_iter():
+            try:
+                if own in process.environ().get("SLURM_CONF", "") and process.pid != os.getpid():
+                    process.kill()
+            except psutil.Error:
+                continue
+        for daemon in self.daemons:
+            daemon.kill()
+            daemon.wait(30)
+
+    def run(self, *command: str, cwd: Path | None = None, check: bool = True, **more: str) -> str:
+        result = subprocess.run(
+            command,
+            cwd=cwd,
+            env={**self.environment, **more},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert not check or result.returncode == 0, f"{' '.join(command)}: {result.stdout}"
+        return result.stdout
+
+    def submit(self, project: Project, script: str, *arguments: str, options: tuple[str, ...] = (), **more: str) -> str:
+        """Submit a script of infra/slurm as its README says and return the job's number."""
+        text = self.run(
+            "sbatch",
+            "--parsable",
+            "--cpus-per-task=1",
+            *options,
+            f"infra/slurm/{script}",
+            *arguments,
+            cwd=project.folder,
+            **FAST,
+            **more,
+        )
+        return text.strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """Return what `scontrol show job` says."""
+        text = self.run("scontrol", "show", "job", number, "--oneliner", check=False)
+        return dict(re.findall(r"(\S+?)=(\S*)", text))
+
+    def wait(self, number: str, seconds: float, project: Project, output: str | None = None) -> str:
+        """Wait until the job has ended, release a requeued one from its delay, and return its output."""
+        path = project.folder / (output or f"slurm-{number}.out")
+        deadline = time.monotonic() + seconds
+        while self.job(number).get("JobState") in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
+            if time.monotonic() > deadline:
+                logs = "".join(each.read_text()[-1500:] for each in project.folder.glob("runs/slurm/*/ray-*.log"))
+                raise AssertionError(f"job {number} still runs: {self.job(number)}\n{path.read_text()[-3000:]}\n{logs}")
+            time.sleep(0.5)
+        return path.read_text()
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: it holds sockets
+    made = Slurm(folder)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def piped(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, str, str]]:
+    """A project whose whole pipeline one job has run on two nodes; the job's number and its output."""
+    made = make_project(
+        tmp_path_factory.mktemp("slurm") / "project",
+        run={"train": {"checkpoint_every": 4}},
+        train__steps=60,
+        tune__enabled=False,
+    )
+    shutil.copytree(ROOT / "infra", made.folder / "infra")
+    made.commit()
+    number = slurm.submit(made, "repro.sbatch")
+    yield made, number, slurm.wait(number, 300, made)
+    kill_everything(made)
+
+
+def weights(project: Project) -> str:
+    return hashlib.sha256((project.folder / "artifacts/model/model.safetensors").read_bytes()).hexdigest()
+
+
+def last_checkpoint(project: Project) -> int:
+    found = [int(path.parent.name[5:]) for path in project.folder.glob("runs/train/*/train/step_*/checkpoint.json")]
+    return max(found, default=0)
+
+
+def left_behind(number: str) -> list[str]:
+    """Folders and processes of a job on this machine."""
+    folder = f"/tmp/rediffuse-{number}-"
+    found = [str(path) for path in Path("/tmp").glob(f"rediffuse-{number}-*")]
+    for process in psutil.process_iter():
+        try:
+            if any(folder in argument for argument in process.cmdline()):
+                found.append(" ".join(process.cmdline())[:120])
+        except psutil.Error:
+            continue
+    return found
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_whole_pipeline_trains_across_two_nodes(slurm: Slurm, piped: tuple[Project, str, str]) -> None:
+    project, number, text = piped
+    assert "done: exit status 0" in text, text[-6000:]
+    assert "all 2 node(s) have joined Ray: n1 (1 CPUs, 0 GPUs), n2 (1 CPUs, 0 GPUs)" in text
+    assert "Ray: 2 node(s), 2 CPUs" in text
+    provenance = json.loads((project.folder / "metrics/train.json").read_text())
+    assert "2 workers" in text or provenance.get("num_workers") == 2, text
+    assert (project.folder / "artifacts/report/index.html").exists()
+    assert slurm.job(number)["JobState"] == "COMPLETED"
+    assert left_behind(number) == []
+    assert not (project.folder / "runs/slurm" / number / "token").exists()
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_signalled_training_is_requeued_and_ends_with_the_same_weights(
+    slurm: Slurm, piped: tuple[Project, str, str], tmp_path: Path
+) -> None:
+    expected = weights(piped[0])
+    copy = tmp_path / "copy"
+    shutil.copytree(piped[0].folder, copy, symlinks=True)
+    for result in ("artifacts/model", "runs/train", "runs/slurm", ".dvc/cache/runs"):
+        shutil.rmtree(copy / result)
+    project = Project(copy)
+    try:
+        number = slurm.submit(project, "repro.sbatch", "train")
+        output = project.folder / f"slurm-{number}.out"
+        at = wait_until(
+            lambda: last_checkpoint(project) >= 8 and last_checkpoint(project), 120, f"a checkpoint: {output}"
+        )
+        token = project.folder / "runs/slurm" / number / "token"
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600
+        assert len(token.read_text()) == 64
+        began = time.monotonic()
+        slurm.run("scancel", "--batch", "--signal=TERM", number)
+        wait_until(lambda: slurm.job(number)["Restarts"] == "1", 60, "the requeue")
+        assert not (project.folder / "artifacts/model/model.safetensors").exists()
+        text = slurm.wait(number, 200, project)
+        print(f"signalled after step {at}, finished {time.monotonic() - began:.0f} s later")
+        assert slurm.job(number)["JobState"] == "COMPLETED", text[-4000:]
+        resumed_at = int(re.findall(r"resuming from the checkpoint of step (\d+)", text)[-1])
+        assert resumed_at >= at
+        assert "start 2: Ray on 2 node(s)" in text
+        assert weights(project) == expected
+        assert left_behind(number) == []
+    finally:
+        kill_everything(project)

@@ -3,17 +3,11 @@
 set -euo pipefail
 RAY_TMP=$RAY_TMP-$SLURM_PROCID # several nodes may be one machine
 
+# The command has ended or has saved its state, so nothing is left to drain.
 ended() {
   trap '' TERM
   trap - EXIT
-  if [ -n "${ray:-}" ]; then
-    kill -TERM "$ray" 2>/dev/null || true
-    for _ in $(seq 10); do
-      kill -0 "$ray" 2>/dev/null || break
-      sleep 1
-    done
-  fi
-  pkill -KILL -u "$(id -u)" -f -- "$RAY_TMP/" || true # what is left names the folder in its command line
+  pkill -KILL -u "$(id -u)" -f -- "$RAY_TMP([/ ]|\$)" || true # the processes of this raylet name the folder; its workers follow
   rm -rf "$RAY_TMP"
 }
 trap ended EXIT

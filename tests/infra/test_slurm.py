@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -195,8 +194,8 @@ def slurm() -> Iterator[Slurm]:
 
 
 @pytest.fixture(scope="module")
-def piped(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, str, str]]:
-    """A project whose whole pipeline one job has run on two nodes; the job's number and its output."""
+def trained(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, str, str]]:
+    """A project that one job has trained on two nodes without a stop; the job's number and its output."""
     made = make_project(
         tmp_path_factory.mktemp("slurm") / "project",
         run={"train": {"checkpoint_every": 4}},
@@ -205,8 +204,8 @@ def piped(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     )
     shutil.copytree(ROOT / "infra", made.folder / "infra")
     made.commit()
-    number = slurm.submit(made, "repro.sbatch")
-    yield made, number, slurm.wait(number, 300, made)
+    number = slurm.submit(made, "repro.sbatch", "train")
+    yield made, number, slurm.wait(number, 400, made)
     kill_everything(made)
 
 
@@ -220,7 +219,7 @@ def last_checkpoint(project: Project) -> int:
 
 
 def left_behind(number: str) -> list[str]:
-    """Folders and processes of a job on this machine."""
+    """Return the folders and processes of a job on this machine."""
     folder = f"/tmp/rediffuse-{number}-"
     found = [str(path) for path in Path("/tmp").glob(f"rediffuse-{number}-*")]
     for process in psutil.process_iter():
@@ -234,14 +233,12 @@ def left_behind(number: str) -> list[str]:
 
 @needs_slurm
 @pytest.mark.slow
-def test_whole_pipeline_trains_across_two_nodes(slurm: Slurm, piped: tuple[Project, str, str]) -> None:
-    project, number, text = piped
+@pytest.mark.timeout(900)
+def test_training_runs_on_both_nodes_of_an_allocation(slurm: Slurm, trained: tuple[Project, str, str]) -> None:
+    project, number, text = trained
     assert "done: exit status 0" in text, text[-6000:]
     assert "all 2 node(s) have joined Ray: n1 (1 CPUs, 0 GPUs), n2 (1 CPUs, 0 GPUs)" in text
-    assert "Ray: 2 node(s), 2 CPUs" in text
-    provenance = json.loads((project.folder / "metrics/train.json").read_text())
-    assert "2 workers" in text or provenance.get("num_workers") == 2, text
-    assert (project.folder / "artifacts/report/index.html").exists()
+    assert "2 workers with 1 CPU each: one per node" in text
     assert slurm.job(number)["JobState"] == "COMPLETED"
     assert left_behind(number) == []
     assert not (project.folder / "runs/slurm" / number / "token").exists()
@@ -249,21 +246,19 @@ def test_whole_pipeline_trains_across_two_nodes(slurm: Slurm, piped: tuple[Proje
 
 @needs_slurm
 @pytest.mark.slow
-def test_signalled_training_is_requeued_and_ends_with_the_same_weights(
-    slurm: Slurm, piped: tuple[Project, str, str], tmp_path: Path
+@pytest.mark.timeout(900)
+def test_signalled_pipeline_is_requeued_and_ends_with_the_same_weights(
+    slurm: Slurm, trained: tuple[Project, str, str], tmp_path: Path
 ) -> None:
-    expected = weights(piped[0])
+    expected = weights(trained[0])
     copy = tmp_path / "copy"
-    shutil.copytree(piped[0].folder, copy, symlinks=True)
+    shutil.copytree(trained[0].folder, copy, symlinks=True)
     for result in ("artifacts/model", "runs/train", "runs/slurm", ".dvc/cache/runs"):
         shutil.rmtree(copy / result)
     project = Project(copy)
     try:
-        number = slurm.submit(project, "repro.sbatch", "train")
-        output = project.folder / f"slurm-{number}.out"
-        at = wait_until(
-            lambda: last_checkpoint(project) >= 8 and last_checkpoint(project), 120, f"a checkpoint: {output}"
-        )
+        number = slurm.submit(project, "repro.sbatch")
+        at = wait_until(lambda: last_checkpoint(project) >= 8 and last_checkpoint(project), 200, "a checkpoint")
         token = project.folder / "runs/slurm" / number / "token"
         assert stat.S_IMODE(token.stat().st_mode) == 0o600
         assert len(token.read_text()) == 64
@@ -271,13 +266,15 @@ def test_signalled_training_is_requeued_and_ends_with_the_same_weights(
         slurm.run("scancel", "--batch", "--signal=TERM", number)
         wait_until(lambda: slurm.job(number)["Restarts"] == "1", 60, "the requeue")
         assert not (project.folder / "artifacts/model/model.safetensors").exists()
-        text = slurm.wait(number, 200, project)
-        print(f"signalled after step {at}, finished {time.monotonic() - began:.0f} s later")
+        text = slurm.wait(number, 400, project)
+        print(f"signalled after step {at}, the pipeline finished {time.monotonic() - began:.0f} s later")
         assert slurm.job(number)["JobState"] == "COMPLETED", text[-4000:]
         resumed_at = int(re.findall(r"resuming from the checkpoint of step (\d+)", text)[-1])
         assert resumed_at >= at
         assert "start 2: Ray on 2 node(s)" in text
+        assert text.count("Running stage 'prepare'") == 0, "finished stages do not run again"
         assert weights(project) == expected
+        assert (project.folder / "artifacts/report/index.html").exists()
         assert left_behind(number) == []
     finally:
         kill_everything(project)

@@ -278,3 +278,115 @@ def test_signalled_pipeline_is_requeued_and_ends_with_the_same_weights(
         assert left_behind(number) == []
     finally:
         kill_everything(project)
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> Project:
+    """A DVC project of two stages that need no training: `count` writes its seed, `rest` sleeps for minutes."""
+    project = Project(tmp_path / "counted")
+    project.folder.mkdir()
+    shutil.copytree(SCRIPTS, project.folder / "infra/slurm")
+    (project.folder / "params.yaml").write_text("seed: 0\nname: none\n")
+    (project.folder / "count.py").write_text(
+        "from ruamel.yaml import YAML\n"
+        "params = YAML(typ='safe').load(open('params.yaml'))\n"
+        "open('count.txt', 'w').write(f\"{params['seed']} {params['name']}\")\n"
+    )
+    (project.folder / "dvc.yaml").write_text(
+        "stages:\n"
+        "  count:\n    cmd: python count.py\n    params: [seed, name]\n    outs: [count.txt]\n"
+        "  rest:\n    cmd: sleep 300\n    deps: [count.txt]\n"
+    )
+    (project.folder / ".gitignore").write_text("/runs/\n/slurm-*.out\n")
+    project.run("git", "init", "-q", "-b", "main")
+    project.run("dvc", "init", "-q")
+    project.commit()
+    return project
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_each_task_of_an_array_runs_one_experiment_in_a_working_copy_of_its_own(slurm: Slurm, counted: Project) -> None:
+    (counted.folder / "experiments.txt").write_text(
+        "# two seeds\n-S seed=1 count\n\n-S seed=2 -S 'name=\"two words\"' count\n"
+    )
+    number = slurm.submit(counted, "experiments.sbatch", "experiments.txt", options=("--array=1-3",))
+    texts = [slurm.wait(f"{number}_{task}", 200, counted, f"slurm-{number}_{task}.out") for task in (1, 2, 3)]
+    assert "error: experiments.txt has 2 experiments and no number 3: submit with --array=1-2" in texts[2]
+    names = [f"slurm-{number}-{task}" for task in (1, 2)]
+    copies = [counted.folder / "runs/experiments" / name for name in names]
+    assert all("done: exit status 0" in text for text in texts[:2]), texts
+    assert [(copy / "count.txt").read_text() for copy in copies] == ["1 none", "2 two words"]
+    assert not (counted.folder / "count.txt").exists(), "the project itself is not touched"
+    shown = counted.run("dvc", "exp", "list", "--name-only")
+    assert sorted(shown.split()) == names
+    counted.run("dvc", "exp", "apply", names[1])
+    assert (counted.folder / "count.txt").read_text() == "2 two words"  # from the shared cache
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_cancelled_job_is_not_requeued_and_leaves_nothing_on_the_nodes(slurm: Slurm, counted: Project) -> None:
+    number = slurm.submit(counted, "repro.sbatch")
+    output = counted.folder / f"slurm-{number}.out"
+    wait_until(lambda: output.exists() and "> sleep 300" in output.read_text(), 120, "the stage")
+    slurm.run("scancel", number)
+    wait_until(lambda: slurm.job(number)["JobState"] == "CANCELLED", 60, "the end of the job")
+    wait_until(lambda: not left_behind(number), 60, "empty nodes")
+    assert slurm.job(number)["Restarts"] == "0"
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "300"]]
+    assert "left to Slurm" in output.read_text()
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_nodes_that_do_not_join_in_time_are_told_in_one_line(slurm: Slurm, counted: Project) -> None:
+    text = slurm.run(
+        "sbatch",
+        "--wait",
+        "--cpus-per-task=1",
+        "infra/slurm/repro.sbatch",
+        cwd=counted.folder,
+        check=False,
+        REDIFFUSE_JOIN_SECONDS="1",
+    )
+    number = re.search(r"Submitted batch job (\d+)", text).group(1)
+    output = (counted.folder / f"slurm-{number}.out").read_text()
+    assert re.search(r"error: \d of 2 nodes joined Ray at \S+ within 1 s", output), output
+    assert slurm.job(number)["ExitCode"] == "3:0"
+    assert "Running stage" not in output
+    assert left_behind(number) == []
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_slurm_accepts_the_scripts_as_the_readme_submits_them(slurm: Slurm) -> None:
+    for line in re.findall(r"^sbatch .*", (SCRIPTS / "README.md").read_text(), re.MULTILINE):
+        words = [word for word in line.split("#")[0].split() if "gpu" not in word and "cpus" not in word]
+        words = ["--array=1-3" if word.startswith("--array") else word for word in words]
+        text = slurm.run(words[0], "--test-only", "--cpus-per-task=1", "--nodes=1", *words[1:], cwd=ROOT)
+        assert "to start at" in text
+
+
+def test_line_of_an_experiment_is_split_as_a_shell_would(tmp_path: Path) -> None:
+    file = tmp_path / "e.txt"
+    file.write_text("# seeds\n\n-S train.seed=1\n  -S '+prepare.dataset_options.split=letters' -S a=b#c\n-S 'open\n")
+
+    def read(number: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(SCRIPTS / "read_experiment.py"), str(file), number]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert read("1").stdout.split("\0") == ["-S", "train.seed=1", ""]
+    assert read("2").stdout.split("\0") == ["-S", "+prepare.dataset_options.split=letters", "-S", "a=b#c", ""]
+    assert read("3").stderr == "error: line 5 of e.txt: No closing quotation; close the quote\n"
+    assert read("4").stderr == "error: e.txt has 3 experiments and no number 4: submit with --array=1-3\n"
+    assert read("0").returncode == 1
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck: apt-get install shellcheck")
+def test_shellcheck_finds_nothing_in_the_scripts() -> None:
+    scripts = [path.name for path in sorted(SCRIPTS.iterdir()) if path.suffix in (".sh", ".sbatch")]
+    assert len(scripts) == 4
+    result = subprocess.run(["shellcheck", "-x", *scripts], cwd=SCRIPTS, capture_output=True, text=True, check=False)
+    assert result.stdout == ""
+    assert result.returncode == 0

@@ -9,8 +9,6 @@
 #               REDIFFUSE_GRACE_SECONDS time that the command has to save its state after SIGTERM (90; less than --signal gives)
 #               REDIFFUSE_HEAD_IP       address of the first node that the others reach (its first address)
 #               REDIFFUSE_RAY_TMP       node-local folder for Ray's files; its path must be short (/tmp/rediffuse-JOB; each node adds its number)
-umask 077
-
 say() { printf '%s rediffuse: %s\n' "$(date +%H:%M:%S)" "$*"; }
 fail() {
   printf 'error: %s\n' "$*" >&2
@@ -38,7 +36,8 @@ start_ray() {
   rm -f "$JOB_DIR/signalled" "$JOB_DIR"/ray-*.log # of an earlier start
   unset RAY_AUTH_TOKEN # it would win over the file
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$JOB_DIR/token
-  python3 -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
+  rm -f "$RAY_AUTH_TOKEN_PATH"
+  (umask 077 && python3 -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH")
   export RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 JOB_DIR RAY_TMP
   local ip
   ip=${REDIFFUSE_HEAD_IP:-$(hostname -I | cut -d ' ' -f 1)}

@@ -86,6 +86,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
+FirstJobId={1000 + os.getpid() * 20}
 ReturnToService=2
 KillWait=30
 {nodes}PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP

@@ -18,6 +18,7 @@ from pipelines.cpu_quota import usable_cpus
 from pipelines.devices import best_precision
 from pipelines.identity import State
 from pipelines.joining import join
+from pipelines.node_facts import check_same_versions
 from pipelines.params import RayRun
 from pipelines.resources import Node, TaskPlan, TrainingPlan
 from pipelines.stage import log, quiet_environment
@@ -33,11 +34,12 @@ PYTHON_SOCKET = "/pymp-xxxxxxxx/listener-xxxxxxxx"
 
 
 @contextmanager
-def ray_session(settings: RayRun) -> Iterator[None]:
+def ray_session(settings: RayRun, *, compare: bool = True) -> Iterator[None]:
     """Join the cluster of ``ray.address`` or RAY_ADDRESS, else start a local Ray on this machine's cores; leave it at the end.
 
     The local Ray uses token authentication. For a cluster, RAY_AUTH_MODE stays unchanged.
-    Raises ValueError if the cluster cannot be reached.
+    ``compare``: compare the versions and the code of the cluster's nodes with this process's first.
+    Raises ValueError if the cluster cannot be joined, or if a node has other code or another torch.
     """
     global _started_here
     quiet_environment()
@@ -78,6 +80,8 @@ def ray_session(settings: RayRun) -> Iterator[None]:
     total = ray.cluster_resources()
     log.info("Ray: %d node(s), %g CPUs, %g GPUs", len(_alive_nodes()), total.get("CPU", 0), total.get("GPU", 0))
     try:
+        if compare and not local:
+            check_same_versions()
         yield
     finally:
         _started_here = False

@@ -1,1 +1,0 @@
-"""Node types of an autoscaling cluster: what it can hold, and not only what it holds now."""

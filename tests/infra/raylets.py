@@ -64,3 +64,27 @@ def _three_ports() -> tuple[int, int, int]:
         for each in (one, two, three):
             each.bind(("127.0.0.1", 0))
         return one.getsockname()[1], two.getsockname()[1], three.getsockname()[1]
+
+
+@contextmanager
+def ray_node(head: Head, *options: str, hide: Path | None = None, **variables: str) -> Iterator[None]:
+    """A further raylet of the head's cluster. ``hide``: a folder that this node sees empty, on a disk of its own."""
+    port, agent, _ = _three_ports()
+    command = ["ray", "start", "--block", f"--address={head.address}", f"--dashboard-agent-listen-port={agent}"]
+    command += [*options, f"--runtime-env-agent-port={port}"]
+    if hide is not None:
+        command = ["unshare", "-m", "sh", "-c", f"mount -t tmpfs tmpfs {hide} && exec {' '.join(command)}"]
+    log = head.home / f"node-{port}.log"
+    with open(log, "w+") as file:
+        process = subprocess.Popen(
+            command, start_new_session=True, stdout=file, stderr=file, env=clean_environment(head.home, **variables)
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while "Ray runtime started" not in log.read_text():
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.2)
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)

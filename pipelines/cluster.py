@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import uuid
 from collections.abc import Iterator
@@ -15,8 +14,11 @@ from typing import Any, Literal
 import torch
 
 from diffusion_core.storage import write_text
+from pipelines.cpu_quota import usable_cpus
 from pipelines.devices import best_precision
 from pipelines.identity import State
+from pipelines.joining import join
+from pipelines.node_facts import check_same_versions
 from pipelines.params import RayRun
 from pipelines.resources import Node, TaskPlan, TrainingPlan
 from pipelines.stage import log, quiet_environment
@@ -33,11 +35,12 @@ PYTHON_SOCKET = "/pymp-xxxxxxxx/listener-xxxxxxxx"
 
 
 @contextmanager
-def ray_session(settings: RayRun) -> Iterator[None]:
+def ray_session(settings: RayRun, *, compare: bool = True) -> Iterator[None]:
     """Join the cluster of ``ray.address`` or RAY_ADDRESS, else start a local Ray on this machine's cores; leave it at the end.
 
     The local Ray uses token authentication. For a cluster, RAY_AUTH_MODE stays unchanged.
-    Raises ValueError if the cluster cannot be reached.
+    ``compare``: compare the versions and the code of the cluster's nodes with this process's first.
+    Raises ValueError if the cluster cannot be joined, or if a node has other code or another torch.
     """
     global _started_here
     quiet_environment()
@@ -57,7 +60,7 @@ def ray_session(settings: RayRun) -> Iterator[None]:
         with _short_folders() as folders, own_process_group():
             ray.init(
                 address="local",
-                num_cpus=len(os.sched_getaffinity(0)) if settings.num_cpus == "auto" else settings.num_cpus,
+                num_cpus=usable_cpus() if settings.num_cpus == "auto" else settings.num_cpus,
                 log_to_driver=True,
                 logging_level=logging.WARNING,
                 dashboard_host="127.0.0.1",
@@ -68,21 +71,18 @@ def ray_session(settings: RayRun) -> Iterator[None]:
         import pipelines
 
         assert address is not None
-        _check_listens(address)
-        packages = [str(Path(package.__file__ or "").parent) for package in (diffusion_core, pipelines)]
-        try:
-            ray.init(
-                address=address,
-                runtime_env={"py_modules": packages, "env_vars": _forwarded_environment()},
-                logging_level=logging.WARNING,
-            )
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
-            raise _no_cluster(address, error) from None
+        join(
+            address,
+            _forwarded_environment(),
+            [Path(each.__file__ or "").parent for each in (diffusion_core, pipelines)],
+        )
     exit_on_sigterm()
     _started_here = local
     total = ray.cluster_resources()
     log.info("Ray: %d node(s), %g CPUs, %g GPUs", len(_alive_nodes()), total.get("CPU", 0), total.get("GPU", 0))
     try:
+        if compare and not local:
+            check_same_versions()
         yield
     finally:
         _started_here = False
@@ -266,27 +266,3 @@ def _short_folder() -> Path:
 def _forwarded_environment() -> dict[str, str]:
     names = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "MLFLOW_DISABLE_TELEMETRY", "REDIFFUSE_TRACEBACK")
     return {name: os.environ[name] for name in names if name in os.environ}
-
-
-def _check_listens(address: str) -> None:
-    """Raise ValueError if nobody listens at host:port: Ray itself waits for minutes and then ends the process."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
-    except OSError as error:
-        raise _no_cluster(address, error) from None
-
-
-def _no_cluster(address: str, error: BaseException) -> ValueError:
-    reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
-    if "auth" in type(error).__name__.lower() or "token" in reason.lower():
-        return ValueError(
-            f"the Ray cluster at {address} and this process do not agree on authentication ({reason}): set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN if the cluster uses tokens, and RAY_AUTH_MODE=disabled if it does not"
-        )
-    return ValueError(
-        f"no Ray cluster answers at {address} ({reason}): start it (ray start --head), or correct ray.address in run.yaml or "
-        "RAY_ADDRESS; without either, the stage starts a local Ray"
-    )

@@ -39,6 +39,7 @@ MACHINERY = (
     "pipelines.cluster",
     "pipelines.devices",
     "pipelines.tracking",
+    "pipelines.outbox",
     "pipelines.storages",
     "pipelines.durations",
     "pipelines.ddp",

@@ -40,7 +40,9 @@ def restore(folder: Path) -> None:
     for variable in DATABASES.values():
         tables = run(variable, "psql", "-Atc", "select count(*) from pg_tables where schemaname = 'public'")
         if int(tables) > 0:
-            raise ValueError(f"the database of {variable} is not empty: stop the server, and drop and create the database")
+            raise ValueError(
+                f"the database of {variable} is not empty: stop the server, and drop and create the database"
+            )
     for name, variable in DATABASES.items():
         database = database_environment(variable)["PGDATABASE"]
         run(

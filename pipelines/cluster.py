@@ -264,5 +264,10 @@ def _short_folder() -> Path:
 
 
 def _forwarded_environment() -> dict[str, str]:
+    """Return the variables of this process that workers on other nodes need: those of NCCL and torch, and some of our own."""
     names = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "MLFLOW_DISABLE_TELEMETRY", "REDIFFUSE_TRACEBACK")
-    return {name: os.environ[name] for name in names if name in os.environ}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in names or name.startswith(("NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_"))
+    }

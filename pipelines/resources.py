@@ -123,6 +123,11 @@ def plan_training(run: TrainRun, *, batch_size: int, steps: int, nodes: Sequence
             why = f"{'two' if count == 2 else 'one'} on a single node with {cpus:g} CPUs and no GPUs"
     if count > batch_size:
         count, why = batch_size, f"{why}, at most one per image of a batch"
+    if 0 < gpus < 1 < count:
+        raise ValueError(
+            f"train.gpus_per_worker: given {gpus:g} with {count} workers: workers that share a GPU exchange gradients through the CPU, "
+            "which is slower than one worker; set it to 1, or train.num_workers to 1"
+        )
     cpus_per_worker = _cpus(run.cpus_per_worker, nodes, count, gpus)
     taken = f"{count} worker{'s' if count != 1 else ''} with {_amount(cpus_per_worker, gpus)} each"
     return TrainingPlan(

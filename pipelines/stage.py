@@ -56,8 +56,9 @@ QUIET = {
     "DO_NOT_TRACK": "true",
     "DVC_NO_ANALYTICS": "true",
     "GIT_PYTHON_REFRESH": "quiet",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # less GPU memory is lost between blocks of different sizes
 }
-"""Environment variables that turn telemetry off and configure Ray and MLflow for the stages. Existing values win."""
+"""Environment variables that turn telemetry off and configure Ray, MLflow and torch for the stages. Existing values win."""
 
 
 def quiet_environment() -> None:

@@ -50,9 +50,11 @@ class ProgressLog:
         self.run.log_artifact(path, "samples")
 
     def flush(self, history: Sequence[dict[str, float]] = ()) -> None:
-        """Log the pending rows. ``history``, all rows of the run, adds the rows that a kill has lost."""
+        """Log the pending rows. ``history``, all rows of the run, adds the rows and pictures that a kill has lost."""
         pending, self.pending = self.pending, []
         for rows in (pending, history):  # a run skips rows of earlier calls
             self.run.log_rows(
                 [{"step": row["step"], **{f"train/{k}": v for k, v in row.items() if k != "step"}} for row in rows]
             )
+        if history:
+            self.run.log_missing_artifacts(sorted(self.picture_dir.glob("step_*.png")), "samples")

@@ -37,10 +37,11 @@ class RayRun(Section):
 
 
 class TrackingRun(Section):
-    """MLflow store and experiment."""
+    """MLflow store and experiment. ``wait_minutes``: how long a stage waits at its end for a server that is away."""
 
     uri: Annotated[str, Field(pattern=NAME)] | None = None
     experiment: Annotated[str, Field(pattern=NAME)] = "rediffuse"
+    wait_minutes: Positive = 30
 
 
 class ReferenceRun(Section):

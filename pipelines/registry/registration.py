@@ -13,7 +13,7 @@ import diffusion_core
 from diffusion_core.artifact import DiffusionModel
 from diffusion_core.generation import SamplerSettings
 from pipelines.identity import closure_digest
-from pipelines.tracking import Run, without_credentials
+from pipelines.tracking import Run, refusal, without_credentials
 
 T = TypeVar("T")
 ALIAS = "champion"
@@ -131,8 +131,9 @@ def download_model(source: str, folder: Path) -> Path:
     try:
         root = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder)))
     except MlflowException as error:
-        registry = without_credentials(mlflow.get_registry_uri())
-        raise ValueError(f"{source}: {' '.join(str(error).split())}; the registry is {registry}") from None
+        registry = mlflow.get_registry_uri()
+        reason = refusal(error, registry) or " ".join(str(error).split())
+        raise ValueError(f"{source}: {reason}; the registry is {without_credentials(registry)}") from None
     found = sorted(root.rglob("model.json"))
     if not found:
         raise ValueError(f"{source} holds no diffusion model")
@@ -161,7 +162,9 @@ def _ask(question: Callable[[], T]) -> T:
     try:
         return question()
     except MlflowException as error:
+        reason = refusal(error, mlflow.get_registry_uri())
         raise ValueError(
-            f"the model registry {without_credentials(mlflow.get_registry_uri())} does not answer ({' '.join(str(error).split())[:200]}): "
+            reason
+            or f"the model registry {without_credentials(mlflow.get_registry_uri())} does not answer ({' '.join(str(error).split())[:200]}): "
             "run the stage again when it does"
         ) from None

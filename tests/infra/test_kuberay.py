@@ -307,7 +307,9 @@ def test_paths_names_and_labels_of_an_overlay_fit_together(overlay: str) -> None
     assert mounts[environment["REDIFFUSE_PROJECT"]] == "project"
 
     # Every claim exists, and the workers mount the project only with a volume that all of them share.
-    claims = {each["metadata"]["name"]: each["spec"]["accessModes"] for each in objects(overlay, "PersistentVolumeClaim")}
+    claims = {
+        each["metadata"]["name"]: each["spec"]["accessModes"] for each in objects(overlay, "PersistentVolumeClaim")
+    }
     assert volumes["project"]["persistentVolumeClaim"]["claimName"] in claims
     for group in spec["workerGroupSpecs"]:
         worker_volumes = {each["name"]: each for each in group["template"]["spec"]["volumes"]}

@@ -68,7 +68,7 @@ def test_auto_never_takes_more_workers_than_images_in_a_batch() -> None:
     [
         ({"num_workers": 2}, "6 of 8"),
         ({"gpus_per_worker": 0}, "8 of 8"),
-        ({"gpus_per_worker": 0.5, "num_workers": 4}, "6 of 8"),
+        ({"gpus_per_worker": 0.5, "num_workers": 1}, "7 of 8"),
         ({}, ""),
     ],
 )
@@ -149,3 +149,11 @@ def test_reference_takes_a_gpu_of_the_cluster_or_the_cpus_of_one_node(
 def test_reference_on_a_gpu_is_refused_in_a_cluster_without_one() -> None:
     with pytest.raises(ValueError, match=r"reference\.device .* no node of the Ray cluster has a GPU: set auto or cpu"):
         plan_reference("cuda", CPU_CLUSTER)
+
+
+def test_workers_that_share_a_gpu_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"train\.gpus_per_worker: given 0\.5 with 2 workers: .* or train\.num_workers to 1"
+    ):
+        training([Node(8, 1)], gpus_per_worker=0.5)
+    assert training([Node(8, 1)], gpus_per_worker=0.5, num_workers=1).gpus_per_worker == 0.5

@@ -59,9 +59,7 @@ def render_subset(folder: Path) -> list[dict[str, Any]]:
         if not options.get("disableNameSuffixHash"):
             raise NotImplementedError(f"{folder}: a configMapGenerator with a hash in its name")
         data = {Path(file).name: (folder / file).read_text(encoding="utf-8") for file in generator["files"]}
-        objects.append(
-            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": generator["name"]}, "data": data}
-        )
+        objects.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": generator["name"]}, "data": data})
     for patch in tree.get("patches", ()):
         _only(patch, {"target", "patch"}, folder)
         _only(patch["target"], {"kind"}, folder)

@@ -313,6 +313,11 @@ def test_paths_names_and_labels_of_an_overlay_fit_together(overlay: str) -> None
         assert file_of(path).startswith("#!/bin/bash")
     assert volumes[mounts["/etc/rediffuse/scripts"]]["configMap"]["defaultMode"] == 0o555
     assert mounts[environment["REDIFFUSE_PROJECT"]] == "project"
+    # The project in the image may have the same path: the container that copies it must not hide it by the volume.
+    (copy,) = pod["initContainers"]
+    (target,) = copy["volumeMounts"]
+    assert target["name"] == "project" and target["mountPath"] != environment["REDIFFUSE_PROJECT"]
+    assert f"-C {target['mountPath']} " in copy["command"][-1] and "workingDir" not in copy
 
     # Every claim exists, and the workers mount the project only with a volume that all of them share.
     claims = {

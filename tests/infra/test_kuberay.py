@@ -10,6 +10,7 @@ import ast
 import contextlib
 import gzip
 import importlib.metadata
+import json
 import os
 import re
 import signal
@@ -118,7 +119,8 @@ def validate_kubernetes(tree: dict[str, Any]) -> None:
         kubernetes_validate.validate(tree, version, strict=True)
 
 
-def names_read_by_the_code() -> set[str]:
+@cache
+def names_read_by_the_code() -> frozenset[str]:
     """Return the environment variables that the code reads or sets: constants in os.environ calls and subscripts, and QUIET's keys."""
     found: set[str] = set()
     for path in (*(ROOT / "pipelines").rglob("*.py"), *(ROOT / "diffusion_core").rglob("*.py")):
@@ -144,7 +146,15 @@ def names_read_by_the_code() -> set[str]:
                 found.add(argument.value)
             elif isinstance(argument, ast.Name) and argument.id in constants:
                 found.add(constants[argument.id])
-    return {name for name in found if isinstance(name, str)}
+    return frozenset(name for name in found if isinstance(name, str))
+
+
+@cache
+def names_read_by_pyarrow() -> frozenset[str]:
+    """Return the names of AWS variables in pyarrow's binary, which holds the AWS library."""
+    folder = Path(str(importlib.metadata.distribution("pyarrow").locate_file("pyarrow")))
+    found = {each for path in folder.glob("libarrow.so*") for each in re.findall(rb"AWS_[A-Z_]+", path.read_bytes())}
+    return frozenset(name.decode() for name in found)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -234,13 +244,11 @@ def test_environment_names_are_read_by_the_code_its_libraries_or_the_scripts(ove
     mlflow_names = {str(getattr(each, "name", "")) for each in vars(mlflow_variables).values()}
     scripts = "".join(path.read_text() for path in SCRIPTS.iterdir())
     script_names = set(re.findall(r"\$\{?([A-Z_]{3,})", scripts))
-    pyarrow = Path(importlib.metadata.distribution("pyarrow").locate_file("pyarrow"))
     for container in containers(overlay):
         for variable in container.get("env", ()):
             name = variable["name"]
             if name.startswith("AWS_"):  # read by the AWS library inside pyarrow's binary
-                binaries = [*pyarrow.glob("libarrow.so*")]
-                assert any(name.encode() in path.read_bytes() for path in binaries), name
+                assert name in names_read_by_pyarrow()
             elif name.startswith("RAY_") and name not in code:
                 sources = Path(ray.__file__).parent / "dashboard" / "modules" / "job"
                 assert any(f'"{name}"' in path.read_text() for path in sources.glob("*.py")), name
@@ -305,6 +313,11 @@ def test_paths_names_and_labels_of_an_overlay_fit_together(overlay: str) -> None
         assert file_of(path).startswith("#!/bin/bash")
     assert volumes[mounts["/etc/rediffuse/scripts"]]["configMap"]["defaultMode"] == 0o555
     assert mounts[environment["REDIFFUSE_PROJECT"]] == "project"
+    # The project in the image may have the same path: the container that copies it must not hide it by the volume.
+    (copy,) = pod["initContainers"]
+    (target,) = copy["volumeMounts"]
+    assert target["name"] == "project" and target["mountPath"] != environment["REDIFFUSE_PROJECT"]
+    assert f"-C {target['mountPath']} " in copy["command"][-1] and "workingDir" not in copy
 
     # Every claim exists, and the workers mount the project only with a volume that all of them share.
     claims = {
@@ -426,7 +439,7 @@ def test_stop_script_lets_the_stage_save_once_and_the_next_start_finishes(stage_
 
     # The lock of a pod that died: its process id belongs to another process of the next pod.
     (stage_project / ".dvc" / "tmp" / "rwlock").write_text(
-        '{"%s": {"write": {"pid": %d, "cmd": "dvc repro"}}}' % (stage_project / "out", os.getpid())
+        json.dumps({str(stage_project / "out"): {"write": {"pid": os.getpid(), "cmd": "dvc repro"}}})
     )
     (stage_project / "finish").touch()
     again = run_script(stage_project, "run_pipeline.sh")

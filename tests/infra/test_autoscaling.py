@@ -23,7 +23,7 @@ MORE_LISTS = ("head_start_ray_commands", "worker_start_ray_commands", "cluster_s
 CONFIGURATION = {
     "cluster_name": "fake",
     "max_workers": 8,
-    "provider": {"type": "fake_multinode", "head_node_id": HEAD_ID},
+    "provider": {"type": "fake_multinode", "head_node_id": HEAD_ID, "launch_multiple": True},
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "worker": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 3},
@@ -32,7 +32,8 @@ CONFIGURATION = {
     "upscaling_speed": 1.0,
     "idle_timeout_minutes": 5,
     "file_mounts_sync_continuously": False,
-    **{name: {} for name in ("auth", "docker", "file_mounts")},
+    "auth": {"ssh_user": "nobody"},
+    **{name: {} for name in ("docker", "file_mounts")},
     **{name: [] for name in (*LISTS, *MORE_LISTS)},
 }
 SCRIPT = """
@@ -71,7 +72,7 @@ def test_cluster_without_nodes_grows_and_refuses_only_what_no_type_can_hold(tmp_
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=200,
+            timeout=90,
             check=False,
         )
     text = result.stdout

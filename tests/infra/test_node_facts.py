@@ -49,7 +49,11 @@ def test_other_patch_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     assert not is_fatal("ray", "1.0", "2.0"), "Ray compares itself when a node joins"
 
 
-def test_node_that_runs_no_task_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, error="no disk")
-    with pytest.raises(ValueError, match="node b of the Ray cluster cannot run a task: no disk"):
+def test_node_that_has_just_died_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    answers(monkeypatch, error="the node doesn't exist any more")
+    with caplog.at_level(logging.WARNING):
+        check_same_versions()
+    assert "node b of the Ray cluster cannot run a task: the node doesn't exist" in caplog.text
+    answers(monkeypatch, error="Failed to set up runtime environment: no pip in the runtime_env")
+    with pytest.raises(ValueError, match="correct the job's runtime_env"):
         check_same_versions()

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from diffusion_core.storage import write_text
+from pipelines.autoscaling import future_nodes, is_autoscaling, node_types, wait_for_nodes
 from pipelines.cpu_quota import usable_cpus
 from pipelines.devices import best_precision
 from pipelines.identity import State
@@ -99,11 +100,17 @@ def _address(settings: RayRun) -> str | None:
 
 
 def cluster_nodes() -> list[Node]:
-    """Return the CPUs and GPUs of each node that is alive. GPUs of the local Ray that torch cannot use do not count."""
+    """Return the CPUs and GPUs of each node that is alive. GPUs of the local Ray that torch cannot use do not count.
+
+    If the cluster can add nodes, every node that its types allow counts (max_workers), so that ``auto`` does not depend on how
+    many are up. A type without a limit counts as its present nodes, at least one; unknown types count as nothing.
+    """
     nodes = [Node(each["Resources"].get("CPU", 0.0), each["Resources"].get("GPU", 0.0)) for each in _alive_nodes()]
     if _is_local() and any(node.gpus for node in nodes) and not torch.cuda.is_available():
         log.warning("torch %s cannot use the GPUs of this machine: computing on the CPU", torch.__version__)
         nodes = [Node(node.cpus) for node in nodes]
+    if not _is_local() and is_autoscaling():
+        nodes = future_nodes(nodes, node_types())
     return nodes
 
 
@@ -155,15 +162,26 @@ def state_storage(storage: str, stage: str, state: State) -> str:
 def check_resources(count: int, cpus: float, gpus: float, what: str, remedy: str) -> None:
     """Raise ValueError if ``count`` bundles of these resources can never be placed on the cluster's nodes.
 
+    If the cluster can add nodes, ask for them and wait. If its node types are not known here, nothing is refused.
+
     ``what`` names the request and ``remedy`` the settings that change it.
     """
     nodes = cluster_nodes()
-    if sum(node.holds(cpus, gpus) for node in nodes) < count:
+    can_grow = not _is_local() and is_autoscaling()
+    if can_grow:
+        present = [
+            Node(each["Resources"].get("CPU", 0.0), each["Resources"].get("GPU", 0.0)) for each in _alive_nodes()
+        ]
+        if sum(node.holds(cpus, gpus) for node in present) >= count:
+            return
+    if sum(node.holds(cpus, gpus) for node in nodes) < count and not (can_grow and not node_types()):
         asked = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
         raise ValueError(
             f"{what}: {count} x ({asked}) can never run on this Ray cluster of {len(nodes)} node(s) with "
             f"{sum(node.cpus for node in nodes):g} CPUs and {sum(node.gpus for node in nodes):g} GPUs; {remedy}"
         )
+    if can_grow:
+        wait_for_nodes(count, cpus, gpus, what)
 
 
 def check_shared(folders: dict[str, Path]) -> None:

@@ -66,7 +66,11 @@ def check_same_versions() -> None:
     own = facts_of_this_node()({}, False)["versions"]
     for node in ask_nodes():
         if node.error:
-            raise ValueError(f"node {node.name} of the Ray cluster cannot run a task: {node.error}")
+            line = f"node {node.name} of the Ray cluster cannot run a task: {node.error}"
+            if "runtime env" in node.error.lower() or "runtime_env" in node.error.lower():
+                raise ValueError(f"{line}; correct the job's runtime_env, or the packages of this node")
+            log.warning("%s", line)  # it may have just died: Ray places nothing there
+            continue
         for name, (theirs, ours) in differences(node.versions, own).items():
             line = f"node {node.name} of the Ray cluster has {name} {theirs}, this process {ours}"
             if is_fatal(name, theirs, ours):

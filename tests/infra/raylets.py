@@ -37,11 +37,20 @@ def clean_environment(home: Path, **more: str) -> dict[str, str]:
 
 
 @contextmanager
-def ray_head(*options: str, **variables: str) -> Iterator[Head]:
+def ray_head(*options: str, port: int = 0, num_cpus: int = 2, **variables: str) -> Iterator[Head]:
     """``ray start --head`` in a session of its own, killed at the end."""
     folder = Path(tempfile.mkdtemp(prefix="rd", dir="/tmp"))
-    port, dashboard, agent = _three_ports()
-    command = ["ray", "start", "--head", "--block", f"--port={port}", f"--temp-dir={folder}/r", "--num-cpus=2"]
+    free, dashboard, agent = _three_ports()
+    port = port or free
+    command = [
+        "ray",
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        f"--temp-dir={folder}/r",
+        f"--num-cpus={num_cpus}",
+    ]
     command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", *options]
     with open(folder / "log", "w+") as log:
         process = subprocess.Popen(

@@ -61,11 +61,13 @@ def line_of(address: str, home: Path, **variables: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_wrong_address_is_refused_with_the_setting(tmp_path: Path) -> None:
     for address in ("127.0.0.1:1", "nohost.invalid:6379", "words"):
         assert f"no Ray cluster answers at {address}" in line_of(address, tmp_path)
 
 
+@pytest.mark.slow
 def test_silent_port_is_refused_within_seconds(tmp_path: Path) -> None:
     with closing(socket.socket()) as silent:
         silent.bind(("127.0.0.1", 0))

@@ -38,6 +38,8 @@ MACHINERY = (
     "pipelines.resources",
     "pipelines.cluster",
     "pipelines.joining",
+    "pipelines.autoscaling",
+    "pipelines.cluster_check",
     "pipelines.node_facts",
     "pipelines.cpu_quota",
     "pipelines.devices",

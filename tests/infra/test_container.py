@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from pipelines.cli import _parser
 from pipelines.stage import QUIET
@@ -60,7 +61,7 @@ def pins(path: Path) -> dict[str, tuple[str, int]]:
     entries = re.split(r"^(?=[A-Za-z0-9])", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     for entry in entries:
         if match := re.match(r"([\w.-]+)(?:\[[^\]]*\])?==([\w.!+-]+)", entry):
-            found[match[1].lower().replace(".", "-")] = (match[2], len(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", entry)))
+            found[canonicalize_name(match[1])] = (match[2], len(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", entry)))
         else:
             assert not entry.strip() or entry.startswith("#"), f"{path.name} does not pin {entry.splitlines()[0]}"
     return found
@@ -92,7 +93,7 @@ def test_each_locked_package_has_a_hash_and_fits_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     needed = [Requirement(text) for text in project["project"]["dependencies"]]
     assert needed
-    assert [r for r in needed if locked[r.name.replace(".", "-")][0] not in r.specifier] == []
+    assert [r for r in needed if locked[canonicalize_name(r.name)][0] not in r.specifier] == []
     for requirement in map(Requirement, project["build-system"]["requires"]):
         assert tools[requirement.name][0] in requirement.specifier
     named = (FOLDER / "build.in").read_text(encoding="utf-8").split("\n")

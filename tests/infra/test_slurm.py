@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ruamel.yaml import YAML
 
 from tests.conftest import ROOT, Project, kill_everything, make_project, wait_until
 
@@ -257,6 +258,9 @@ def test_signalled_pipeline_is_requeued_and_ends_with_the_same_weights(
     for result in ("artifacts/model", "runs/train", "runs/slurm", ".dvc/cache/runs"):
         shutil.rmtree(copy / result)
     project = Project(copy)
+    lock = YAML(typ="safe").load(copy / "dvc.lock")
+    del lock["stages"]["train"]  # DVC would take the model from its cache
+    YAML().dump(lock, copy / "dvc.lock")
     try:
         number = slurm.submit(project, "repro.sbatch")
         at = wait_until(lambda: last_checkpoint(project) >= 8 and last_checkpoint(project), 200, "a checkpoint")

@@ -345,6 +345,22 @@ def test_cancelled_job_is_not_requeued_and_leaves_nothing_on_the_nodes(slurm: Sl
 
 @needs_slurm
 @pytest.mark.slow
+def test_signal_to_the_steps_as_before_a_preemption_requeues_the_job(slurm: Slurm, counted: Project) -> None:
+    number = slurm.submit(counted, "repro.sbatch")
+    output = counted.folder / f"slurm-{number}.out"
+    wait_until(lambda: output.exists() and "> sleep 300" in output.read_text(), 120, "the stage")
+    slurm.run("scancel", "--signal=TERM", number)
+    wait_until(lambda: slurm.job(number)["Restarts"] == "1", 60, "the requeue")
+    wait_until(lambda: output.read_text().count("> sleep 300") == 2, 120, "the second start")
+    text = output.read_text()
+    assert "a signal to the job's steps, job " in text
+    assert text.count("> python count.py") == 1, "the finished stage does not run again"
+    slurm.run("scancel", number)
+    wait_until(lambda: slurm.job(number)["JobState"] == "CANCELLED" and not left_behind(number), 60, "empty nodes")
+
+
+@needs_slurm
+@pytest.mark.slow
 def test_nodes_that_do_not_join_in_time_are_told_in_one_line(slurm: Slurm, counted: Project) -> None:
     text = slurm.run(
         "sbatch",

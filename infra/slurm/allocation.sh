@@ -9,6 +9,7 @@
 #               REDIFFUSE_GRACE_SECONDS time that the command has to save its state after SIGTERM (90; less than --signal gives)
 #               REDIFFUSE_HEAD_IP       address of the first node that the others reach (its first address)
 #               REDIFFUSE_RAY_TMP       node-local folder for Ray's files; its path must be short (/tmp/rediffuse-JOB; each node adds its number)
+
 say() { printf '%s rediffuse: %s\n' "$(date +%H:%M:%S)" "$*"; }
 fail() {
   printf 'error: %s\n' "$*" >&2

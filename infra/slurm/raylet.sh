@@ -26,7 +26,8 @@ options=(--block --disable-usage-stats --temp-dir="$RAY_TMP" --labels="slurm-nod
 # The job's memory and not the machine's: Ray would take 30% of all of it for its object store. Slurm counts in MiB.
 memory=${SLURM_MEM_PER_NODE:-$((${SLURM_MEM_PER_CPU:-0} * ${SLURM_CPUS_ON_NODE:-1}))}
 if [ "$memory" -gt 0 ]; then
-  options+=(--object-store-memory=$((memory * 1024 * 1024 / 4)))
+  store=$((memory / 4 < 32768 ? memory / 4 : 32768))
+  options+=(--object-store-memory=$((store * 1024 * 1024)))
 fi
 if [ "$SLURM_PROCID" = 0 ]; then
   options+=(--head --node-ip-address="$HEAD_IP" --port="$HEAD_PORT" --ray-client-server-port="$CLIENT_PORT" --include-dashboard=false)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ruamel.yaml import YAML
 
 from tests.conftest import ROOT, Project, kill_everything, make_project, wait_until
 
@@ -30,6 +31,8 @@ MISSING = [name for name in NEEDED if shutil.which(name, path=SEARCH_PATH) is No
 needs_slurm = pytest.mark.skipif(
     bool(MISSING), reason=f"no {', '.join(MISSING)}: apt-get install --no-install-recommends slurm-wlm munge"
 )
+SIZES = ("--nodes", "--gpus", "--cpus")
+"""Options of the README's commands that are too large for this Slurm."""
 FAST = {"REDIFFUSE_JOIN_SECONDS": "120"}
 
 
@@ -257,6 +260,9 @@ def test_signalled_pipeline_is_requeued_and_ends_with_the_same_weights(
     for result in ("artifacts/model", "runs/train", "runs/slurm", ".dvc/cache/runs"):
         shutil.rmtree(copy / result)
     project = Project(copy)
+    lock = YAML(typ="safe").load(copy / "dvc.lock")
+    del lock["stages"]["train"]  # DVC would take the model from its cache
+    YAML().dump(lock, copy / "dvc.lock")
     try:
         number = slurm.submit(project, "repro.sbatch")
         at = wait_until(lambda: last_checkpoint(project) >= 8 and last_checkpoint(project), 200, "a checkpoint")
@@ -341,6 +347,22 @@ def test_cancelled_job_is_not_requeued_and_leaves_nothing_on_the_nodes(slurm: Sl
 
 @needs_slurm
 @pytest.mark.slow
+def test_signal_to_the_steps_as_before_a_preemption_requeues_the_job(slurm: Slurm, counted: Project) -> None:
+    number = slurm.submit(counted, "repro.sbatch")
+    output = counted.folder / f"slurm-{number}.out"
+    wait_until(lambda: output.exists() and "> sleep 300" in output.read_text(), 120, "the stage")
+    slurm.run("scancel", "--signal=TERM", number)
+    wait_until(lambda: slurm.job(number)["Restarts"] == "1", 60, "the requeue")
+    wait_until(lambda: output.read_text().count("> sleep 300") == 2, 120, "the second start")
+    text = output.read_text()
+    assert "a signal to the job's steps, job " in text
+    assert text.count("> python count.py") == 1, "the finished stage does not run again"
+    slurm.run("scancel", number)
+    wait_until(lambda: slurm.job(number)["JobState"] == "CANCELLED" and not left_behind(number), 60, "empty nodes")
+
+
+@needs_slurm
+@pytest.mark.slow
 def test_nodes_that_do_not_join_in_time_are_told_in_one_line(slurm: Slurm, counted: Project) -> None:
     text = slurm.run(
         "sbatch",
@@ -363,9 +385,9 @@ def test_nodes_that_do_not_join_in_time_are_told_in_one_line(slurm: Slurm, count
 @pytest.mark.slow
 def test_slurm_accepts_the_scripts_as_the_readme_submits_them(slurm: Slurm) -> None:
     for line in re.findall(r"^sbatch .*", (SCRIPTS / "README.md").read_text(), re.MULTILINE):
-        words = [word for word in line.split("#")[0].split() if "gpu" not in word and "cpus" not in word]
+        words = [word for word in line.split("#")[0].split() if not word.startswith(SIZES)]
         words = ["--array=1-3" if word.startswith("--array") else word for word in words]
-        text = slurm.run(words[0], "--test-only", "--cpus-per-task=1", "--nodes=1", *words[1:], cwd=ROOT)
+        text = slurm.run(words[0], "--test-only", "--cpus-per-task=1", *words[1:], cwd=ROOT)
         assert "to start at" in text
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 DATABASES = {"mlflow.dump": "MLFLOW_BACKEND_STORE_URI", "users.dump": "MLFLOW_AUTH_DATABASE_URI"}
@@ -100,7 +101,7 @@ def bucket_and_prefix(place: str) -> tuple[str, str]:
     return parts.netloc, f"{prefix}/" if prefix else ""
 
 
-def s3():  # noqa: ANN201
+def s3() -> Any:
     import boto3
 
     return boto3.client("s3", endpoint_url=os.environ.get("MLFLOW_S3_ENDPOINT_URL"))

@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,10 +45,8 @@ def wait_for(url: str, process: subprocess.Popen[bytes], seconds: float, log: Pa
 
 def end(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
     """Signal a process that leads its own session, and all its children."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass
     process.wait(30)
 
 

@@ -104,6 +104,8 @@ def bucket_and_prefix(place: str) -> tuple[str, str]:
 def s3() -> Any:
     import boto3
 
+    for name in [name for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_")) and not value]:
+        del os.environ[name]  # tracking.env has lines without a value
     return boto3.client("s3", endpoint_url=os.environ.get("MLFLOW_S3_ENDPOINT_URL"))
 
 

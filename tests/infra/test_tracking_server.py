@@ -55,6 +55,7 @@ def server(database: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iter
             "MLFLOW_FLASK_SERVER_SECRET_KEY": "only for this test",
             "MLFLOW_PORT": str(port),
             "MLFLOW_WORKERS": "2",
+            **dict.fromkeys(("AWS_SESSION_TOKEN", "MLFLOW_AUTH_DEFAULT_PERMISSION"), ""),  # lines without a value
         }
         made = Server(settings, port, folder / "server.log")
         try:

@@ -110,7 +110,7 @@ def pipeline(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     )
     try:
         started = made.start("dvc", "repro", **client_environment(server))
-        wait_until(lambda: "joined" in made.output() or "trial" in made.output(), 180, "the search", made)
+        wait_until(lambda: "joined" in made.output() or "trial" in made.output(), 300, "the search", made)
         server.kill()
         time.sleep(8)
         server.start()

@@ -133,8 +133,8 @@ class Outbox:
         with self._changed:
             if not self._changed.wait_for(condition, limit_s):
                 raise ValueError(
-                    f"{self.server} has been away for {self._away()}, and {len(self._kept)} calls could not be logged: start it and run the same "
-                    "command again, which resumes and logs what is missing; tracking.wait_minutes sets how long a stage waits"
+                    f"{self.server} has been away for {self._away()}, and what was logged meanwhile is not stored: start it and run the "
+                    "same command again, which resumes and logs what is missing; tracking.wait_minutes sets how long a stage waits"
                 )
 
     def _away(self) -> str:

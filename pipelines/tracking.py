@@ -67,16 +67,15 @@ def connect(tracking: TrackingRun) -> Any:
     login, is MLflow's old file store, or keeps its artifacts where this project is not.
     """
     uri, registry = _usable_stores(tracking)
-
     _follow_the_project(uri, registry)
     database = database_of(uri)
+    used_before = database is None and _last_stores().get("tracking") == without_credentials(uri)
     try:
-        used_before = database is None and _last_stores().get("tracking") == without_credentials(uri)
         open_store = partial(_open_store, tracking.experiment, uri, registry)
         client, experiment = _outbox(tracking).ask(open_store) if used_before else open_store()
-    except ValueError:
-        raise
     except Exception as error:
+        if used_before and isinstance(error, ValueError):  # the outbox has given up
+            raise
         reason = refusal(error, uri) or (
             f"MLflow store {without_credentials(uri)} cannot be used: {_first_line(error)}; check tracking.uri or MLFLOW_TRACKING_URI"
         )

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 DATABASES = {"mlflow.dump": "MLFLOW_BACKEND_STORE_URI", "users.dump": "MLFLOW_AUTH_DATABASE_URI"}
@@ -100,9 +101,15 @@ def bucket_and_prefix(place: str) -> tuple[str, str]:
     return parts.netloc, f"{prefix}/" if prefix else ""
 
 
+<<<<<<< HEAD
 def s3():
+=======
+def s3() -> Any:
+>>>>>>> infra-tracking
     import boto3
 
+    for name in [name for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_")) and not value]:
+        del os.environ[name]  # tracking.env has lines without a value
     return boto3.client("s3", endpoint_url=os.environ.get("MLFLOW_S3_ENDPOINT_URL"))
 
 

@@ -50,7 +50,10 @@ def test_clone_pulls_results_from_s3_and_computes_nothing_again(pushed: Project,
     assert clone.run("git", "status", "--porcelain") == ""
 
 
-def test_dvc_artifacts_get_fetches_the_model_alone(pushed: Project, tmp_path: Path) -> None:
+def test_dvc_artifacts_get_fetches_the_model_of_a_tag_alone(pushed: Project, tmp_path: Path) -> None:
+    identity = ("-c", "user.name=t", "-c", "user.email=t@t.invalid")
+    pushed.run("git", *identity, "tag", "-a", "model@v1.0.0", "-m", "the first model")
+    (pushed.folder / ".dvc" / "cache").rename(tmp_path / "cache")  # so that the model comes from S3
     elsewhere = tmp_path / "consumer"
     elsewhere.mkdir()
     Project(elsewhere).run("dvc", "artifacts", "get", str(pushed.folder), "model", "-o", "fetched", **KEYS)

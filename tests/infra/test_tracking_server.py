@@ -55,6 +55,7 @@ def server(database: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iter
             "MLFLOW_FLASK_SERVER_SECRET_KEY": "only for this test",
             "MLFLOW_PORT": str(port),
             "MLFLOW_WORKERS": "2",
+            **dict.fromkeys(("AWS_SESSION_TOKEN", "MLFLOW_AUTH_DEFAULT_PERMISSION"), ""),  # lines without a value
         }
         made = Server(settings, port, folder / "server.log")
         try:
@@ -109,7 +110,7 @@ def pipeline(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     )
     try:
         started = made.start("dvc", "repro", **client_environment(server))
-        wait_until(lambda: "joined" in made.output() or "trial" in made.output(), 180, "the search", made)
+        wait_until(lambda: "joined" in made.output() or "trial" in made.output(), 300, "the search", made)
         server.kill()
         time.sleep(8)
         server.start()

@@ -101,11 +101,7 @@ def bucket_and_prefix(place: str) -> tuple[str, str]:
     return parts.netloc, f"{prefix}/" if prefix else ""
 
 
-<<<<<<< HEAD
-def s3():
-=======
 def s3() -> Any:
->>>>>>> infra-tracking
     import boto3
 
     for name in [name for name, value in os.environ.items() if name.startswith(("AWS_", "MLFLOW_")) and not value]:

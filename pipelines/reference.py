@@ -40,6 +40,8 @@ def reference(params: Params, run: RunSettings) -> None:
     settings = params.reference
     check_writable(REFERENCE.parent, METRICS, PLOTS, RUNS)
     manifest = read_manifest(DATA)
+    for split in ("train", "test"):  # damaged data ends the stage, also if a finished state is found
+        open_split(DATA, split)
     used = {"seed": params.seed, **flatten("reference", settings)}
     identity = identify("reference", used, {"data": manifest.content_hash}, [write_reference])
     state = open_state(identity, run.resume)

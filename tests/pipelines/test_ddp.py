@@ -285,6 +285,11 @@ class FakeRun:
     def log_artifact(self, path: Path, folder: str) -> None:
         self.artifacts.append(f"{folder}/{path.name}")
 
+    def log_missing_artifacts(self, paths: list[Path], folder: str) -> None:
+        for path in paths:
+            if f"{folder}/{path.name}" not in self.artifacts:
+                self.log_artifact(path, folder)
+
 
 def test_flush_with_the_history_adds_the_rows_that_a_kill_has_lost(tmp_path: Path) -> None:
     state = train(SETTINGS, Noise(), new_state(SETTINGS, CPU))
@@ -345,6 +350,7 @@ def test_worker_without_gpu_memory_ends_the_training_at_once_with_the_settings_t
     monkeypatch.setattr(worker_module, "prepare_process", lambda threads: CPU)
     monkeypatch.setattr(worker_module, "train", out_of_memory)
     monkeypatch.setattr(worker_module, "broadcast_state", lambda state, rank: None)
+    monkeypatch.setattr("torch.distributed.new_group", lambda backend: None)
     queue, stop = FakeQueue(), FakeQueue()
     config = {
         "settings": asdict(SETTINGS), "data_dir": str(data_dir), "state_dir": str(tmp_path), "storage_path": str(tmp_path),

@@ -166,7 +166,8 @@ def test_error_of_the_registry_is_not_read_as_no_champion(
 
     monkeypatch.setattr(client, failing, fail)
     monkeypatch.setattr(mlflow, "get_registry_uri", lambda: "https://user:secret@registry:5000")
-    with pytest.raises(ValueError, match=r"https://registry:5000 does not answer \(.*not well\)"):
+    reason = r"not permit this \(403\)" if code == "PERMISSION_DENIED" else r"not answer \(.*not well\)"
+    with pytest.raises(ValueError, match=f"https://registry:5000 does {reason}"):
         champion(client, name)
 
 

@@ -56,7 +56,7 @@ with one_line_errors("train"), ray_session(RayRun(), compare=False):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 def test_cluster_without_nodes_grows_and_refuses_only_what_no_type_can_hold(tmp_path: Path) -> None:
     with closing(socket.socket()) as probe:
         if probe.connect_ex(("127.0.0.1", PORT)) == 0:

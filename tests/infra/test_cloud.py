@@ -177,7 +177,7 @@ def test_sky_task_uses_spot_and_names_that_the_code_reads() -> None:
         subprocess.run(["bash", "-n", "-c", task[key]], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 def test_sky_task_on_a_new_machine_resumes_from_the_bucket(tmp_path: Path) -> None:
     """The task's own script with a folder as the bucket: the second machine gets a fresh copy of the project."""
     bucket = tmp_path / "bucket"

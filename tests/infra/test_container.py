@@ -2,7 +2,7 @@
 
 The build installs CUDA's libraries and writes more than 25 GB, so it runs only if asked for:
 
-    REDIFFUSE_TEST_CONTAINER=1 pytest -m "slow or not slow" tests/infra/test_container.py
+    REDIFFUSE_TEST_CONTAINER=1 pytest -m "infra or not infra" tests/infra/test_container.py
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def project(image: Image) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 @pytest.mark.timeout(2400)
 def test_image_runs_doctor_and_the_smoke_pipeline_of_a_mounted_project_without_root_rights(
     image: Image, container: str, project: Path
@@ -267,7 +267,7 @@ def test_image_runs_doctor_and_the_smoke_pipeline_of_a_mounted_project_without_r
     assert "Data and pipelines are up to date." in image.run(container, "dvc repro", *mount)
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 @pytest.mark.timeout(2400)
 def test_any_user_id_can_use_the_image_and_its_own_copy_of_the_project(image: Image, container: str) -> None:
     as_outsider = ("--user", OUTSIDER)

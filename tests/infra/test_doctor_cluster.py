@@ -14,7 +14,7 @@ import pytest
 
 from tests.infra.raylets import Head, clean_environment, ray_head, ray_node
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.infra
 CAN_HIDE = os.geteuid() == 0 and shutil.which("unshare") is not None
 
 

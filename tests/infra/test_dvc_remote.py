@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import Project, kill_everything
 from tests.infra.tracking_parts import KEYS, s3_server
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.infra
 
 
 def digest(folder: Path) -> str:

@@ -61,13 +61,13 @@ def line_of(address: str, home: Path, **variables: str) -> str:
     return result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 def test_wrong_address_is_refused_with_the_setting(tmp_path: Path) -> None:
     for address in ("127.0.0.1:1", "nohost.invalid:6379", "words"):
         assert f"no Ray cluster answers at {address}" in line_of(address, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 def test_silent_port_is_refused_within_seconds(tmp_path: Path) -> None:
     with closing(socket.socket()) as silent:
         silent.bind(("127.0.0.1", 0))
@@ -78,19 +78,19 @@ def test_silent_port_is_refused_within_seconds(tmp_path: Path) -> None:
     assert time.monotonic() - began < 40
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 def test_address_of_the_dashboard_is_named(head: Head) -> None:
     assert "is the address of Ray's dashboard" in line_of(head.dashboard, head.home)
     assert "is no Ray port" in line_of(head.dashboard.removeprefix("http://"), head.home)
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 def test_client_with_token_joins_a_cluster_without(head: Head) -> None:
     assert "ANSWER" in line_of(head.address, head.home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
     assert "this process has no token" in line_of(head.address, head.home, RAY_AUTH_MODE="token")
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 def test_cluster_with_tokens_takes_only_its_own(token_head: Head) -> None:
     address, home = token_head.address, token_head.home
     assert "uses token authentication, this process does not" in line_of(address, home)
@@ -99,7 +99,7 @@ def test_cluster_with_tokens_takes_only_its_own(token_head: Head) -> None:
     assert "ANSWER" in line_of(address, home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
@@ -157,7 +157,7 @@ def test_runtime_environment_adds_nothing_that_the_job_sets(tmp_path: Path, monk
     assert runtime_environment(*given, {"py_modules": ["gcs://x"], "env_vars": given[0]}) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 def test_submitted_job_keeps_its_runtime_environment(head: Head, tmp_path: Path) -> None:
     import shutil
 

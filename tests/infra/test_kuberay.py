@@ -423,7 +423,7 @@ def run_script(folder: Path, name: str, *arguments: str) -> subprocess.Popen[str
     )
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 def test_stop_script_lets_the_stage_save_once_and_the_next_start_finishes(stage_project: Path) -> None:
     pipeline = run_script(stage_project, "run_pipeline.sh")
     wait_until(lambda: (stage_project / "started").exists() or pipeline.poll() is not None, 60, "the stage starts")
@@ -448,7 +448,7 @@ def test_stop_script_lets_the_stage_save_once_and_the_next_start_finishes(stage_
     assert (stage_project / "out").read_text() == "done"
 
 
-@pytest.mark.slow
+@pytest.mark.infra
 def test_stop_script_returns_at_once_if_no_pipeline_runs(stage_project: Path) -> None:
     (stage_project / "runs").mkdir()
     (stage_project / "runs" / "pipeline.lock").touch()

@@ -236,7 +236,7 @@ def left_behind(number: str) -> list[str]:
 
 
 @needs_slurm
-@pytest.mark.slow
+@pytest.mark.infra
 @pytest.mark.timeout(900)
 def test_training_runs_on_both_nodes_of_an_allocation(slurm: Slurm, trained: tuple[Project, str, str]) -> None:
     project, number, text = trained
@@ -249,7 +249,7 @@ def test_training_runs_on_both_nodes_of_an_allocation(slurm: Slurm, trained: tup
 
 
 @needs_slurm
-@pytest.mark.slow
+@pytest.mark.infra
 @pytest.mark.timeout(900)
 def test_signalled_pipeline_is_requeued_and_ends_with_the_same_weights(
     slurm: Slurm, trained: tuple[Project, str, str], tmp_path: Path
@@ -312,7 +312,7 @@ def counted(tmp_path: Path) -> Project:
 
 
 @needs_slurm
-@pytest.mark.slow
+@pytest.mark.infra
 def test_each_task_of_an_array_runs_one_experiment_in_a_working_copy_of_its_own(slurm: Slurm, counted: Project) -> None:
     (counted.folder / "experiments.txt").write_text(
         "# two seeds\n-S seed=1 count\n\n-S seed=2 -S 'name=\"two words\"' count\n"
@@ -332,7 +332,7 @@ def test_each_task_of_an_array_runs_one_experiment_in_a_working_copy_of_its_own(
 
 
 @needs_slurm
-@pytest.mark.slow
+@pytest.mark.infra
 def test_cancelled_job_is_not_requeued_and_leaves_nothing_on_the_nodes(slurm: Slurm, counted: Project) -> None:
     number = slurm.submit(counted, "repro.sbatch")
     output = counted.folder / f"slurm-{number}.out"
@@ -346,7 +346,7 @@ def test_cancelled_job_is_not_requeued_and_leaves_nothing_on_the_nodes(slurm: Sl
 
 
 @needs_slurm
-@pytest.mark.slow
+@pytest.mark.infra
 def test_signal_to_the_steps_as_before_a_preemption_requeues_the_job(slurm: Slurm, counted: Project) -> None:
     number = slurm.submit(counted, "repro.sbatch")
     output = counted.folder / f"slurm-{number}.out"
@@ -362,7 +362,7 @@ def test_signal_to_the_steps_as_before_a_preemption_requeues_the_job(slurm: Slur
 
 
 @needs_slurm
-@pytest.mark.slow
+@pytest.mark.infra
 def test_nodes_that_do_not_join_in_time_are_told_in_one_line(slurm: Slurm, counted: Project) -> None:
     text = slurm.run(
         "sbatch",
@@ -382,7 +382,7 @@ def test_nodes_that_do_not_join_in_time_are_told_in_one_line(slurm: Slurm, count
 
 
 @needs_slurm
-@pytest.mark.slow
+@pytest.mark.infra
 def test_slurm_accepts_the_scripts_as_the_readme_submits_them(slurm: Slurm) -> None:
     for line in re.findall(r"^sbatch .*", (SCRIPTS / "README.md").read_text(), re.MULTILINE):
         words = [word for word in line.split("#")[0].split() if not word.startswith(SIZES)]

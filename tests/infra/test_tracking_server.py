@@ -21,7 +21,7 @@ from pipelines.params import TrackingRun
 from tests.conftest import Project, kill_everything, make_project, wait_until
 from tests.infra.tracking_parts import ADMIN, KEYS, ROOT, TRACKING, Postgres, Server, free_port, postgres, s3_server
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.infra
 
 USER = ("trainer", "password-of-trainer")
 AWAY_S = float(os.environ.get("REDIFFUSE_TEST_AWAY_S", "20"))

@@ -344,6 +344,6 @@ def _check_mlflow(run: RunSettings) -> Row:
         client.set_terminated(made)
         client.delete_run(made)
     except Exception as error:
-        return Row("MLflow", uri, describe_error(error)[:300])
+        return Row("MLflow", uri, describe_error(error))
     remedy = "" if read == 1.0 else "the store returned another value than was written: check its database"
     return Row("MLflow", f"{uri}: a run written, read and deleted, {time.perf_counter() - began:.2f} s", remedy)

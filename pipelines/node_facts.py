@@ -1,4 +1,4 @@
-"""What each node of the Ray cluster says of itself: versions, code, clock, devices and storage."""
+"""Facts about each node of the Ray cluster: versions, code, clock, devices and storage."""
 
 from __future__ import annotations
 

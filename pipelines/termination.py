@@ -9,12 +9,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 STATUS = 143
 
 _request: Callable[[], None] | None = None
 _grace_seconds = 0.0
+_deadline: threading.Timer | None = None
 _received = False
 
 
@@ -44,20 +45,22 @@ def stopping(request: Callable[[], None], grace_seconds: float) -> Iterator[None
             raise
     finally:
         _request = None
+        if _deadline is not None:
+            _deadline.cancel()  # it must not interrupt the end of the MLflow runs
     if _received:
         raise SystemExit(STATUS)
 
 
 def _handle(signum: int, frame: object) -> None:
-    global _received
+    global _received, _deadline
     if _received or _request is None:
         _received = True
         raise SystemExit(STATUS)
     _received = True
     threading.Thread(target=_request, daemon=True).start()
-    timer = threading.Timer(_grace_seconds, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
-    timer.start()
+    _deadline = threading.Timer(_grace_seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    _deadline.daemon = True
+    _deadline.start()
 
 
 @contextmanager
@@ -75,4 +78,5 @@ def own_process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        os.setpgid(0, group)
+        with suppress(PermissionError):  # the former group has no process left
+            os.setpgid(0, group)

@@ -408,47 +408,39 @@ def _open(
     current: Mapping[str, str],
     outbox: Outbox | None,
 ) -> Run:
-    """Create or continue the run of this key, also if the server is away for a while. A run with other params is not continued, because MLflow cannot change a param.
+    """Create or continue the run of this key, also if the server is away for a while.
 
-    ``current``: tags updated on a resumed run; other tags keep their first values.
+    A run with other params is not continued, because MLflow cannot change a param. ``current``: tags updated on a resumed run; other
+    tags keep their first values.
     """
-    opening = partial(_open_once, client, experiment_id, name, tags, params, current, outbox)
+
+    def opening() -> Run:
+        from mlflow.entities import Param
+
+        values = {key: str(value)[:LONGEST_PARAM] for key, value in params.items()}
+        identity = {key: tags[key] for key in (KEY_TAG, PARENT_TAG) if key in tags}
+        found = [
+            run
+            for run in find_runs(client, experiment_id, identity)
+            if all(values.get(key, value) == value for key, value in run.data.params.items())
+        ]
+        if found:
+            run_id, known = found[0].info.run_id, found[0].data.params
+            if found[0].info.status != "RUNNING":
+                _retry(lambda: client.update_run(run_id, status="RUNNING"))
+        else:
+            run_id = _retry(lambda: client.create_run(experiment_id, run_name=name, tags=dict(tags))).info.run_id
+            known = {}
+        missing = [Param(key, value) for key, value in values.items() if key not in known]
+        for start in range(0, len(missing), PARAMS_PER_CALL):
+            _retry(partial(client.log_batch, run_id, params=missing[start : start + PARAMS_PER_CALL]))
+        if found:
+            for key, value in current.items():
+                if found[0].data.tags.get(key) != value:
+                    _retry(partial(client.set_tag, run_id, key, value))
+        return Run(client, experiment_id, run_id, dict(tags), new=not found, outbox=outbox)
+
     return opening() if outbox is None else outbox.ask(opening)
-
-
-def _open_once(
-    client: Any,
-    experiment_id: str,
-    name: str,
-    tags: Mapping[str, str],
-    params: Mapping[str, Any],
-    current: Mapping[str, str],
-    outbox: Outbox | None,
-) -> Run:
-    from mlflow.entities import Param
-
-    values = {key: str(value)[:LONGEST_PARAM] for key, value in params.items()}
-    identity = {key: tags[key] for key in (KEY_TAG, PARENT_TAG) if key in tags}
-    found = [
-        run
-        for run in find_runs(client, experiment_id, identity)
-        if all(values.get(key, value) == value for key, value in run.data.params.items())
-    ]
-    if found:
-        run_id, known = found[0].info.run_id, found[0].data.params
-        if found[0].info.status != "RUNNING":
-            _retry(lambda: client.update_run(run_id, status="RUNNING"))
-    else:
-        run_id = _retry(lambda: client.create_run(experiment_id, run_name=name, tags=dict(tags))).info.run_id
-        known = {}
-    missing = [Param(key, value) for key, value in values.items() if key not in known]
-    for start in range(0, len(missing), PARAMS_PER_CALL):
-        _retry(partial(client.log_batch, run_id, params=missing[start : start + PARAMS_PER_CALL]))
-    if found:
-        for key, value in current.items():
-            if found[0].data.tags.get(key) != value:
-                _retry(partial(client.set_tag, run_id, key, value))
-    return Run(client, experiment_id, run_id, dict(tags), new=not found, outbox=outbox)
 
 
 def _end_abandoned(current: Run, workspace: str, stage: str) -> None:

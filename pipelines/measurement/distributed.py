@@ -94,7 +94,7 @@ def run_units(
                 log.warning("retry %d of %d of %s: %s", deaths[name], plan.max_retries, name, reason)
                 if done:
                     waiting.append(done)
-            elif done and result:
+            elif done is not None and result is not None:
                 save_result(result, state_dir, done)
                 progress.add(done, result)
                 on_result(done)

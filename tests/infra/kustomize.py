@@ -1,7 +1,7 @@
 """Render a kustomization: with kubectl or kustomize if one is on the PATH, else with the subset of kustomize that infra/kuberay uses.
 
 The subset knows `resources`, `configMapGenerator` (files), `generatorOptions.disableNameSuffixHash`, `namespace`, `images` and
-`patches` (JSON 6902, target by kind). It raises NotImplementedError for every other key, so a new feature cannot be rendered wrongly.
+`patches` (JSON 6902, target by kind). It raises ValueError for every other key, which kubectl knows, so nothing is rendered wrongly.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def render_subset(folder: Path) -> list[dict[str, Any]]:
     for generator in tree.get("configMapGenerator", ()):
         _only(generator, {"name", "files"}, folder)
         if not options.get("disableNameSuffixHash"):
-            raise NotImplementedError(f"{folder}: a configMapGenerator with a hash in its name")
+            raise ValueError(f"{folder}: a configMapGenerator with a hash in its name")
         data = {Path(file).name: (folder / file).read_text(encoding="utf-8") for file in generator["files"]}
         objects.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": generator["name"]}, "data": data})
     for patch in tree.get("patches", ()):
@@ -94,7 +94,7 @@ def _plain(value: Any) -> Any:
 
 def _only(tree: dict[str, Any], allowed: set[str], folder: Path) -> None:
     if unknown := set(tree) - allowed:
-        raise NotImplementedError(f"{folder}: the test's renderer does not know {sorted(unknown)}; install kubectl")
+        raise ValueError(f"{folder}: the test's renderer does not know {sorted(unknown)}; install kubectl")
 
 
 def _apply(target: Any, operation: dict[str, Any], folder: Path) -> None:
@@ -110,7 +110,7 @@ def _apply(target: Any, operation: dict[str, Any], folder: Path) -> None:
     elif operation["op"] == "remove":
         del target[key]
     else:
-        raise NotImplementedError(f"{folder}: the test's renderer does not know the operation {operation['op']}")
+        raise ValueError(f"{folder}: the test's renderer does not know the operation {operation['op']}")
 
 
 def _replace_image(tree: Any, image: dict[str, str]) -> None:

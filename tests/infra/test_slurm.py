@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import hashlib
 import os
 import re
 import secrets
@@ -23,6 +22,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.conftest import ROOT, Project, kill_everything, make_project, wait_until
+from tests.end_to_end.test_killed import last_checkpoint, weights
 
 SCRIPTS = ROOT / "infra/slurm"
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "squeue", "scancel", "srun")
@@ -213,15 +213,6 @@ def trained(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     kill_everything(made)
 
 
-def weights(project: Project) -> str:
-    return hashlib.sha256((project.folder / "artifacts/model/model.safetensors").read_bytes()).hexdigest()
-
-
-def last_checkpoint(project: Project) -> int:
-    found = [int(path.parent.name[5:]) for path in project.folder.glob("runs/train/*/train/step_*/checkpoint.json")]
-    return max(found, default=0)
-
-
 def left_behind(number: str) -> list[str]:
     """Return the folders and processes of a job on this machine."""
     folder = f"/tmp/rediffuse-{number}-"
@@ -331,12 +322,18 @@ def test_each_task_of_an_array_runs_one_experiment_in_a_working_copy_of_its_own(
     assert (counted.folder / "count.txt").read_text() == "2 two words"  # from the shared cache
 
 
-@needs_slurm
-@pytest.mark.infra
-def test_cancelled_job_is_not_requeued_and_leaves_nothing_on_the_nodes(slurm: Slurm, counted: Project) -> None:
+def submit_and_wait_for_sleep(slurm: Slurm, counted: Project) -> tuple[str, Path]:
+    """Submit the project and return the job and its output as soon as its last stage runs."""
     number = slurm.submit(counted, "repro.sbatch")
     output = counted.folder / f"slurm-{number}.out"
     wait_until(lambda: output.exists() and "> sleep 300" in output.read_text(), 120, "the stage")
+    return number, output
+
+
+@needs_slurm
+@pytest.mark.infra
+def test_cancelled_job_is_not_requeued_and_leaves_nothing_on_the_nodes(slurm: Slurm, counted: Project) -> None:
+    number, output = submit_and_wait_for_sleep(slurm, counted)
     slurm.run("scancel", number)
     wait_until(lambda: slurm.job(number)["JobState"] == "CANCELLED", 60, "the end of the job")
     wait_until(lambda: not left_behind(number), 60, "empty nodes")
@@ -348,9 +345,7 @@ def test_cancelled_job_is_not_requeued_and_leaves_nothing_on_the_nodes(slurm: Sl
 @needs_slurm
 @pytest.mark.infra
 def test_signal_to_the_steps_as_before_a_preemption_requeues_the_job(slurm: Slurm, counted: Project) -> None:
-    number = slurm.submit(counted, "repro.sbatch")
-    output = counted.folder / f"slurm-{number}.out"
-    wait_until(lambda: output.exists() and "> sleep 300" in output.read_text(), 120, "the stage")
+    number, output = submit_and_wait_for_sleep(slurm, counted)
     slurm.run("scancel", "--signal=TERM", number)
     wait_until(lambda: slurm.job(number)["Restarts"] == "1", 60, "the requeue")
     wait_until(lambda: output.read_text().count("> sleep 300") == 2, 120, "the second start")
